@@ -1,0 +1,33 @@
+//! `BlockDevice`: the one seam between the queues and what stores bytes, and its backends.
+
+pub mod open;
+pub mod sim;
+
+use crate::pages::PageRun;
+use crate::request::DeviceRequest;
+
+/// A device that takes requests and ends each exactly once.
+pub trait BlockDevice: Send + Sync {
+    /// What a message calls it: the path it was opened by.
+    fn name(&self) -> &str;
+
+    /// Size in bytes.
+    fn size_bytes(&self) -> u64;
+
+    /// How it does I/O, for people: "io_uring+O_DIRECT", "threads", "sim".
+    fn kind(&self) -> &'static str;
+
+    /// Takes ownership; ends the request exactly once, from any thread, possibly before returning.
+    fn submit(&self, request: DeviceRequest);
+
+    /// Submits several at once; leaves `requests` empty, with its allocation, for reuse.
+    fn submit_batch(&self, requests: &mut Vec<DeviceRequest>) {
+        for request in requests.drain(..) {
+            self.submit(request);
+        }
+    }
+
+    /// Memory that most requests will use (fixed buffers). Best effort, once, before I/O; the
+    /// memory stays mapped as long as the process.
+    fn register_memory(&self, _arena: PageRun) {}
+}

@@ -1,0 +1,1 @@
+//! Pure stripe geometry.
