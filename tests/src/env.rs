@@ -1,0 +1,165 @@
+//! What a test has: a folder of its own, the program under test, and the tools it asked for.
+
+use std::fs::OpenOptions;
+use std::path::{Path, PathBuf};
+
+use nix::sys::statvfs::statvfs;
+use nix::unistd::Uid;
+
+use crate::command::Cmd;
+
+/// Why a test cannot run here. Skipped tests are counted and their reasons printed.
+#[derive(Debug)]
+pub struct Skip(pub String);
+
+/// How a test ends if it does not panic.
+pub type Outcome = Result<(), Skip>;
+
+/// Tools by command name, and the Debian package of each.
+const PACKAGES: &[(&str, &str)] = &[
+    ("fio", "fio"),
+    ("fusermount3", "fuse3"),
+    ("setfattr", "attr"),
+    ("getfattr", "attr"),
+    ("setfacl", "acl"),
+    ("getfacl", "acl"),
+    ("rsync", "rsync"),
+    ("git", "git"),
+    ("sqlite3", "sqlite3"),
+    ("tar", "tar"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("mkfs.xfs", "xfsprogs"),
+    ("mkfs.btrfs", "btrfs-progs"),
+    ("losetup", "mount"),
+    ("blockdev", "util-linux"),
+    ("setpriv", "util-linux"),
+    ("cargo", "cargo"),
+];
+
+/// A test's surroundings.
+#[derive(Debug)]
+pub struct Env {
+    /// An empty folder that goes away after the test.
+    pub dir: PathBuf,
+    /// The `braidfs` program.
+    pub bin: PathBuf,
+}
+
+impl Env {
+    /// `braidfs` with nothing but its name.
+    pub fn braidfs(&self) -> Cmd {
+        Cmd::new(&self.bin)
+    }
+
+    /// Skips the test unless these programs can be found.
+    pub fn need_tools(&self, tools: &[&str]) -> Outcome {
+        for tool in tools {
+            if find_program(tool).is_none() {
+                let package = PACKAGES.iter().find(|entry| entry.0 == *tool);
+                let package = package.map_or(*tool, |entry| entry.1);
+                return Err(Skip(format!(
+                    "{tool} is missing (apt-get install {package})"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Skips the test unless the test folder's file system has this much room.
+    pub fn need_space(&self, bytes: u64) -> Outcome {
+        let stat = statvfs(&self.dir).expect("statvfs of the test folder");
+        let free = stat.blocks_available() * stat.fragment_size();
+        if free < bytes {
+            let (want, have) = (bytes >> 20, free >> 20);
+            let dir = self.dir.display();
+            return Err(Skip(format!(
+                "{dir} has {have} MiB free, the test needs {want} MiB"
+            )));
+        }
+        Ok(())
+    }
+
+    /// Skips the test unless loop devices can be made.
+    pub fn need_loop_devices(&self) -> Outcome {
+        self.need_tools(&["losetup"])?;
+        let control = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/loop-control");
+        control
+            .map(drop)
+            .map_err(|error| Skip(format!("/dev/loop-control: {error}")))
+    }
+
+    /// A path inside the test's folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// A new folder inside the test's folder.
+    pub fn mkdir(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        std::fs::create_dir_all(&path).expect("a folder for the test");
+        path
+    }
+}
+
+/// Why no test that mounts can run here, if so.
+pub fn mount_obstacle() -> Option<String> {
+    if !Uid::effective().is_root() {
+        return Some("real mounts are tested as root".to_owned());
+    }
+    match OpenOptions::new().read(true).write(true).open("/dev/fuse") {
+        Ok(_) => None,
+        Err(error) => Some(format!("/dev/fuse: {error}")),
+    }
+}
+
+/// Finds a program in PATH or in the places only root has in it.
+pub fn find_program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let extra = ["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path)
+        .chain(extra)
+        .map(|dir| dir.join(name))
+        .find(|candidate| candidate.is_file())
+}
+
+/// The top folder of the project.
+pub fn project_root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("tests/ has a parent")
+}
+
+/// The program under test: `BRAIDFS_BIN`, else a release build made now.
+pub fn program_under_test() -> Result<PathBuf, String> {
+    if let Some(bin) = std::env::var_os("BRAIDFS_BIN") {
+        let bin = PathBuf::from(bin);
+        return bin
+            .canonicalize()
+            .map_err(|error| format!("{}: {error}", bin.display()));
+    }
+    let build = Cmd::new("cargo")
+        .args([
+            "build",
+            "--release",
+            "--quiet",
+            "--package",
+            "braidfs",
+            "--message-format=json",
+        ])
+        .cwd(project_root())
+        .limit_secs(1200)
+        .quiet()
+        .run();
+    if !build.status.success() {
+        return Err(build.describe());
+    }
+    let executable = build.stdout.lines().rev().find_map(|line| {
+        let message: serde_json::Value = serde_json::from_str(line).ok()?;
+        (message["target"]["name"] == "braidfs").then_some(())?;
+        message["executable"].as_str().map(PathBuf::from)
+    });
+    executable.ok_or_else(|| "the build made no program named braidfs".to_owned())
+}

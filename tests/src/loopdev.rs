@@ -1,0 +1,69 @@
+//! Loop devices that detach themselves.
+
+use std::path::{Path, PathBuf};
+
+use crate::command::Cmd;
+
+/// A loop device over an image file.
+#[derive(Debug)]
+pub struct LoopDevice {
+    /// Its device node.
+    pub path: PathBuf,
+}
+
+impl LoopDevice {
+    /// Attaches a file, bypassing the page cache for it, so that the device is as slow as it is.
+    pub fn attach(image: &Path) -> Self {
+        Self::attach_with(image, &["--direct-io=on"])
+    }
+
+    /// Attaches a file so that it cannot be written.
+    pub fn attach_read_only(image: &Path) -> Self {
+        Self::attach_with(image, &["--read-only"])
+    }
+
+    fn attach_with(image: &Path, flags: &[&str]) -> Self {
+        let output = Cmd::new("losetup")
+            .args(["--find", "--show"])
+            .args(flags)
+            .arg(image)
+            .ok();
+        Self {
+            path: PathBuf::from(output.stdout.trim()),
+        }
+    }
+
+    /// `major:minor`, as a cgroup wants it.
+    pub fn numbers(&self) -> String {
+        let name = self
+            .path
+            .file_name()
+            .expect("a device has a name")
+            .to_string_lossy();
+        let path = format!("/sys/block/{name}/dev");
+        std::fs::read_to_string(&path)
+            .expect("sysfs knows the loop device")
+            .trim()
+            .to_owned()
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        Cmd::new("losetup").arg("--detach").arg(&self.path).run();
+    }
+}
+
+/// Detaches every loop device whose file is in a folder.
+pub fn detach_below(dir: &Path) {
+    let list = Cmd::new("losetup").args(["--list", "--noheadings", "--output", "NAME,BACK-FILE"]);
+    for line in list.quiet().run().stdout.lines() {
+        let mut words = line.split_whitespace();
+        let (Some(name), Some(file)) = (words.next(), words.next()) else {
+            continue;
+        };
+        if Path::new(file).starts_with(dir) {
+            Cmd::new("losetup").args(["--detach", name]).quiet().run();
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! To come.
+use std::process::ExitCode;
+fn main() -> ExitCode {
+    braidfs_tests::runner::main("programs", &[])
+}
