@@ -1,5 +1,362 @@
-//! To come.
+//! The daemon killed under load, again and again: what fsync promised is there, nothing is torn,
+//! and no repair is needed.
+//!
+//! Each worker has a folder and a model of it. Its steps are the ways programs make things
+//! durable: write and fsync a new file; overwrite in place and fsync; write a new file, fsync,
+//! rename it over the old one, fsync the folder; append and fsync; unlink and fsync the folder.
+//! A step that was cut off may have happened or not; the model says what each may look like.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use braidfs_tests::env::{Env, Outcome};
+use braidfs_tests::pattern::{self, BLOCK, Random, Stamp};
+use braidfs_tests::runner::{self, Test};
+use braidfs_tests::volume::{GIB, Volume};
+
+const ROUNDS: u64 = 20;
+const WORKERS: u64 = 3;
+const FILES_MAX: u64 = 30;
+const BLOCKS_MAX: u64 = 192;
+/// A mount after a crash is quick, whatever was going on.
+const MOUNT_LIMIT: Duration = Duration::from_secs(10);
+
 fn main() -> ExitCode {
-    braidfs_tests::runner::main("crash", &[])
+    let test = Test::new("what_was_fsynced_survives_20_kills", 420, survives_kills);
+    runner::main("crash", &[test])
+}
+
+/// What a step that was under way may leave.
+#[derive(Clone, Copy, Debug)]
+enum Cut {
+    /// A new file: nothing, or any part of it.
+    Create,
+    /// Each block old or new.
+    Overwrite,
+    /// All old or all new.
+    Replace,
+    /// Any number of the appended blocks.
+    Append,
+    /// There or not.
+    Unlink,
+}
+
+/// A file as it was last made durable.
+#[derive(Clone, Debug)]
+struct Known {
+    seed: u64,
+    version: u64,
+    blocks: u64,
+    /// The step that was cut off: its version and length.
+    cut: Option<(Cut, u64, u64)>,
+}
+
+struct Worker {
+    dir: PathBuf,
+    random: Random,
+    files: BTreeMap<String, Known>,
+    next: u64,
+    steps: u64,
+}
+
+fn survives_kills(env: &Env) -> Outcome {
+    let seed = pattern::seed();
+    let mut volume = Volume::format(env, "v", &[GIB; 3], &[]);
+    let mut random = Random::new(seed);
+    let mut workers: Vec<Worker> = (0..WORKERS)
+        .map(|index| Worker {
+            dir: volume.path(&format!("worker-{index}")),
+            random: Random::new(seed + 1 + index),
+            files: BTreeMap::new(),
+            next: index << 32,
+            steps: 0,
+        })
+        .collect();
+    volume.mount(&[]);
+    for worker in &workers {
+        fs::create_dir(&worker.dir).expect("a folder for each worker");
+    }
+    File::open(&volume.mountpoint)
+        .and_then(|dir| dir.sync_all())
+        .expect("fsync of the root");
+    let storm_dir = volume.path("storm");
+    for round in 1..=ROUNDS {
+        let load = Duration::from_millis(300 + random.below(1200));
+        let killing = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for worker in &mut workers {
+                scope.spawn(|| worker.work(&killing));
+            }
+            let mut storm_random = Random::new(random.next());
+            let (storm_dir, killing) = (&storm_dir, &killing);
+            scope.spawn(move || storm(storm_dir, &mut storm_random, killing));
+            std::thread::sleep(load);
+            killing.store(true, Ordering::SeqCst);
+            volume.kill_daemon_only();
+        });
+        volume.detach();
+        volume.fsck_clean();
+        let begun = Instant::now();
+        volume.mount(&[]);
+        let took = begun.elapsed();
+        assert!(took < MOUNT_LIMIT, "the mount after a crash took {took:?}");
+        let checked: u64 = workers.iter_mut().map(Worker::verify).sum();
+        let steps: u64 = workers.iter().map(|worker| worker.steps).sum();
+        println!("round {round}: {steps} durable steps so far, {checked} blocks checked");
+        assert!(
+            checked > 0 || round == 1,
+            "nothing was durable after {round} rounds"
+        );
+    }
+    volume.umount();
+    volume.fsck_clean();
+    Ok(())
+}
+
+impl Worker {
+    /// Steps until the daemon is gone. An error before it was killed is a failure.
+    fn work(&mut self, killing: &AtomicBool) {
+        loop {
+            match self.step() {
+                Ok(()) => self.steps += 1,
+                Err(_) if killing.load(Ordering::SeqCst) => return,
+                Err(error) => panic!("a step failed before the daemon was killed: {error}"),
+            }
+        }
+    }
+
+    fn step(&mut self) -> std::io::Result<()> {
+        let count = self.files.len() as u64;
+        if count == 0 || (count < FILES_MAX && self.random.below(3) == 0) {
+            return self.create();
+        }
+        let pick = usize::try_from(self.random.below(count)).expect("a small number");
+        let name = self
+            .files
+            .keys()
+            .nth(pick)
+            .expect("below the count")
+            .clone();
+        match self.random.below(5) {
+            0 | 1 => self.overwrite(&name),
+            2 => self.replace(&name),
+            3 => self.append(&name),
+            _ => self.unlink(&name),
+        }
+    }
+
+    fn cut(&mut self, name: &str, cut: Cut, version: u64, blocks: u64) {
+        let known = self.files.get_mut(name).expect("a known file");
+        known.cut = Some((cut, version, blocks));
+    }
+
+    fn durable(&mut self, name: &str) {
+        let known = self.files.get_mut(name).expect("a known file");
+        if let Some((_, version, blocks)) = known.cut.take() {
+            (known.version, known.blocks) = (version, blocks);
+        }
+    }
+
+    fn sync_dir(&self) -> std::io::Result<()> {
+        File::open(&self.dir)?.sync_all()
+    }
+
+    fn create(&mut self) -> std::io::Result<()> {
+        self.next += 1;
+        let (seed, name) = (self.next, format!("file-{}", self.next));
+        let blocks = 1 + self.random.below(BLOCKS_MAX);
+        let known = Known {
+            seed,
+            version: 0,
+            blocks: 0,
+            cut: Some((Cut::Create, 1, blocks)),
+        };
+        self.files.insert(name.clone(), known);
+        let mut file = File::create_new(self.dir.join(&name))?;
+        file.write_all(&pattern::blocks(seed, 1, 0, blocks))?;
+        file.sync_all()?;
+        self.durable(&name);
+        Ok(())
+    }
+
+    fn overwrite(&mut self, name: &str) -> std::io::Result<()> {
+        let known = self.files[name].clone();
+        self.cut(name, Cut::Overwrite, known.version + 1, known.blocks);
+        let file = OpenOptions::new().write(true).open(self.dir.join(name))?;
+        let data = pattern::blocks(known.seed, known.version + 1, 0, known.blocks);
+        file.write_all_at(&data, 0)?;
+        file.sync_data()?;
+        self.durable(name);
+        Ok(())
+    }
+
+    fn replace(&mut self, name: &str) -> std::io::Result<()> {
+        let known = self.files[name].clone();
+        let blocks = 1 + self.random.below(BLOCKS_MAX);
+        let fresh = self.dir.join("new");
+        let mut file = File::create(&fresh)?;
+        file.write_all(&pattern::blocks(known.seed, known.version + 1, 0, blocks))?;
+        file.sync_all()?;
+        self.cut(name, Cut::Replace, known.version + 1, blocks);
+        fs::rename(&fresh, self.dir.join(name))?;
+        self.sync_dir()?;
+        self.durable(name);
+        Ok(())
+    }
+
+    fn append(&mut self, name: &str) -> std::io::Result<()> {
+        let known = self.files[name].clone();
+        let more = 1 + self.random.below(32);
+        self.cut(name, Cut::Append, known.version, known.blocks + more);
+        let mut file = OpenOptions::new().append(true).open(self.dir.join(name))?;
+        file.write_all(&pattern::blocks(
+            known.seed,
+            known.version,
+            known.blocks,
+            more,
+        ))?;
+        file.sync_data()?;
+        self.durable(name);
+        Ok(())
+    }
+
+    fn unlink(&mut self, name: &str) -> std::io::Result<()> {
+        let known = self.files[name].clone();
+        self.cut(name, Cut::Unlink, known.version, known.blocks);
+        fs::remove_file(self.dir.join(name))?;
+        self.sync_dir()?;
+        self.files.remove(name);
+        Ok(())
+    }
+
+    /// After a mount: every file is what the model allows. Files that a cut step touched are then
+    /// removed, so that the model is exact again. Returns how many blocks were read.
+    fn verify(&mut self) -> u64 {
+        let mut checked = 0;
+        for (name, known) in &self.files {
+            checked += verify_file(&self.dir.join(name), known);
+        }
+        for entry in fs::read_dir(&self.dir).expect("list the worker's folder") {
+            let name = entry
+                .expect("an entry")
+                .file_name()
+                .into_string()
+                .expect("an ASCII name");
+            let expected = self.files.contains_key(&name) || name == "new";
+            assert!(
+                expected,
+                "{} was never made, or its removal was durable",
+                name
+            );
+        }
+        let touched: Vec<String> = self
+            .files
+            .iter()
+            .filter(|(_, known)| known.cut.is_some())
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in touched {
+            self.files.remove(&name);
+            match fs::remove_file(self.dir.join(&name)) {
+                Ok(()) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => panic!("cannot remove {name}: {error}"),
+            }
+        }
+        self.sync_dir().expect("fsync of the worker's folder");
+        checked
+    }
+}
+
+fn verify_file(path: &Path, known: &Known) -> u64 {
+    let at = path.display();
+    let mut data = Vec::new();
+    match File::open(path).and_then(|mut file| file.read_to_end(&mut data)) {
+        Ok(_) => {}
+        Err(error) => {
+            let may_be_gone = matches!(known.cut, Some((Cut::Create | Cut::Unlink, ..)));
+            let gone = error.kind() == std::io::ErrorKind::NotFound;
+            assert!(gone && may_be_gone, "{at}: {error}; {known:?}");
+            return 0;
+        }
+    }
+    assert_eq!(
+        data.len() % BLOCK,
+        0,
+        "{at} has a part of a block: {known:?}"
+    );
+    let blocks = (data.len() / BLOCK) as u64;
+    let stamps: Vec<Stamp> = data
+        .chunks(BLOCK)
+        .zip(0..)
+        .map(|(block, index)| {
+            let stamp = Stamp::decode(block);
+            let stamp = stamp.unwrap_or_else(|| panic!("{at}: block {index} torn; {known:?}"));
+            assert_eq!(
+                (stamp.seed, stamp.index),
+                (known.seed, index),
+                "{at}: another's block"
+            );
+            stamp
+        })
+        .collect();
+    let all = |version: u64| stamps.iter().all(|stamp| stamp.version == version);
+    let (old, old_blocks) = (known.version, known.blocks);
+    let allowed = match known.cut {
+        None | Some((Cut::Unlink, ..)) => all(old) && blocks == old_blocks,
+        Some((Cut::Create, version, most)) => all(version) && blocks <= most,
+        Some((Cut::Append, version, most)) => all(version) && (old_blocks..=most).contains(&blocks),
+        Some((Cut::Overwrite, version, _)) => {
+            let either = |stamp: &Stamp| stamp.version == old || stamp.version == version;
+            stamps.iter().all(either) && blocks == old_blocks
+        }
+        Some((Cut::Replace, version, new_blocks)) => {
+            (all(old) && blocks == old_blocks) || (all(version) && blocks == new_blocks)
+        }
+    };
+    let versions: Vec<u64> = stamps.iter().map(|stamp| stamp.version).collect();
+    assert!(
+        allowed,
+        "{at}: {blocks} blocks of versions {versions:?}, the model has {known:?}"
+    );
+    blocks
+}
+
+/// Names made, moved and removed as fast as they go, nothing of it durable on purpose: work for
+/// the consistency check.
+fn storm(dir: &Path, random: &mut Random, killing: &AtomicBool) {
+    let mut step = || -> std::io::Result<()> {
+        let pick = |random: &mut Random| dir.join(format!("n-{}", random.below(200)));
+        let (one, other) = (pick(random), pick(random));
+        let harmless = |result: std::io::Result<()>| match result {
+            Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => Err(error),
+            Err(error) if error.raw_os_error() == Some(libc::EIO) => Err(error),
+            Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => Err(error),
+            _ => Ok(()),
+        };
+        harmless(fs::create_dir_all(dir))?;
+        harmless(match random.below(6) {
+            0 => fs::create_dir(&one),
+            1 => fs::write(&one, random.bytes(20_000)),
+            2 => fs::rename(&one, &other),
+            3 => fs::hard_link(&one, &other),
+            4 => fs::remove_dir(&one),
+            _ => fs::remove_file(&one),
+        })
+    };
+    while !killing.load(Ordering::SeqCst) {
+        if let Err(error) = step() {
+            assert!(
+                killing.load(Ordering::SeqCst),
+                "before the daemon was killed: {error}"
+            );
+            return;
+        }
+    }
 }
