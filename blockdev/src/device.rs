@@ -1,10 +1,17 @@
 //! `BlockDevice`: the one seam between the queues and what stores bytes, and its backends.
 
+mod bytes;
+mod file;
 pub mod open;
+mod pool;
 pub mod sim;
+mod uring;
 
 use crate::pages::PageRun;
 use crate::request::DeviceRequest;
+
+/// How long closing a device waits for requests that it has not ended.
+const CLOSE_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// A device that takes requests and ends each exactly once.
 pub trait BlockDevice: Send + Sync {

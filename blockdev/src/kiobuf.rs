@@ -10,6 +10,7 @@
 //! `end_io` that (directly or not) ends another kiobuf on the same thread does not recurse: the
 //! inner completion waits until the outer one has returned.
 
+use crate::completion::{self, Job};
 use crate::error::{BlockError, ErrorKind, Op};
 use crate::pages::PageVector;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
@@ -63,7 +64,6 @@ impl Kiobuf {
             good: AtomicU64::new(0),
             fate: Mutex::new(Fate {
                 end_io: Some(end_io),
-                pages: None,
                 error: None,
             }),
             pages: Some(pages),
@@ -93,7 +93,6 @@ impl Kiobuf {
 /// kiobuf fail at once; the good path does not take it before the end.
 struct Fate {
     end_io: Option<EndIo>,
-    pages: Option<Box<dyn PageVector>>,
     error: Option<BlockError>,
 }
 
@@ -148,14 +147,14 @@ impl Drop for Shared {
         let end_io = fate.end_io.take();
         drop(fate);
         if let (Some(end_io), Some(pages)) = (end_io, self.pages.take()) {
-            trampoline::run(
+            completion::run(Job::Kiobuf(
                 end_io,
                 Completion {
                     bytes,
                     error,
                     pages,
                 },
-            );
+            ));
         }
     }
 }
@@ -255,68 +254,5 @@ impl Drop for View {
             dev,
             at,
         });
-    }
-}
-
-/// Runs completions of one thread after one another instead of inside one another.
-#[cfg(not(loom))]
-mod trampoline {
-    use super::{Completion, EndIo};
-    use std::cell::RefCell;
-    use std::collections::VecDeque;
-
-    #[derive(Default)]
-    struct Waiting {
-        running: bool,
-        queue: VecDeque<(EndIo, Completion)>,
-    }
-
-    thread_local! {
-        static WAITING: RefCell<Waiting> = RefCell::default();
-    }
-
-    /// Marks the thread idle again even if an `end_io` unwinds.
-    struct Running;
-    impl Drop for Running {
-        fn drop(&mut self) {
-            let left = WAITING.try_with(|cell| {
-                let mut waiting = cell.borrow_mut();
-                waiting.running = false;
-                std::mem::take(&mut waiting.queue)
-            });
-            for (end_io, completion) in left.into_iter().flatten() {
-                end_io(completion);
-            }
-        }
-    }
-
-    pub(super) fn run(end_io: EndIo, completion: Completion) {
-        let mut job = Some((end_io, completion));
-        let claimed = WAITING.try_with(|cell| {
-            let mut waiting = cell.borrow_mut();
-            if waiting.running {
-                waiting.queue.extend(job.take());
-            } else {
-                waiting.running = true;
-            }
-        });
-        let guard = (claimed.is_ok() && job.is_some()).then_some(Running);
-        while let Some((end_io, completion)) = job.take() {
-            end_io(completion);
-            job = WAITING
-                .try_with(|cell| cell.borrow_mut().queue.pop_front())
-                .ok()
-                .flatten();
-        }
-        drop(guard);
-    }
-}
-
-/// All loom threads share one OS thread, so there thread locals would mix them up.
-#[cfg(loom)]
-mod trampoline {
-    use super::{Completion, EndIo};
-    pub(super) fn run(end_io: EndIo, completion: Completion) {
-        end_io(completion);
     }
 }

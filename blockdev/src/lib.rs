@@ -9,9 +9,9 @@
 //! | [`kiobuf`] | a page vector with its own completion; the fan-in of its pieces |
 //! | [`chain`] | linked views of kiobufs: O(1) merge, split without copying a page vector |
 //! | [`request`] | one contiguous device range and the chain that fills it |
-//! | [`queue`] | per-device queue: merge, order, depth, retry, flush |
+//! | `queue` | per-device queue: merge, order, depth, retry, flush |
 //! | [`stripe`] | pure geometry: a range of a chunk to device pieces and back |
-//! | [`label`], [`table`] | the on-disk label and chunk table |
+//! | [`label`], `table` | the on-disk label and chunk table |
 //! | [`volume`] | assembled members: map, cut, submit, flush all |
 //! | [`device`] | the `BlockDevice` seam; io_uring, thread pool and simulated backends |
 //! | [`signature`] | what else may live on a device: asked before formatting |
@@ -22,22 +22,25 @@
 #![deny(unsafe_code)]
 
 pub mod chain;
+mod codec;
+mod completion;
 pub mod device;
 pub mod error;
 pub mod kiobuf;
 pub mod label;
 pub mod pages;
-pub mod queue;
+mod queue;
 pub mod request;
 pub mod signature;
 pub mod stats;
 pub mod stripe;
 mod sync;
-pub mod table;
+mod table;
 pub mod units;
 pub mod volume;
 
 pub use chain::Chain;
+pub use completion::FlushDone;
 pub use device::BlockDevice;
 pub use device::open::{Backend, OpenError, OpenMode, open_device};
 pub use device::sim::SimDevice;
@@ -48,6 +51,7 @@ pub use pages::{AlignedBuf, PageRun, PageVector};
 pub use request::DeviceRequest;
 pub use signature::foreign_signature;
 pub use stats::{Histogram, QueueStats, VolumeStats};
+pub use table::TableError;
 pub use units::{BLOCK_SIZE, PAGE_SIZE, VolBlock};
 pub use volume::{
     Chunk, ChunkKind, ChunkMember, Class, DeviceInfo, FormatOptions, Plug, Profile, Volume,

@@ -2,6 +2,7 @@
 
 use crate::chain::Chain;
 use crate::error::{BlockError, ErrorKind, Op};
+use crate::kiobuf::View;
 use libc::iovec;
 use std::sync::Arc;
 use std::time::Instant;
@@ -27,6 +28,8 @@ pub(crate) struct Parts {
     pub started: Option<Instant>,
     /// Order of dispatch on its device, to see completions that overtake.
     pub seq: u64,
+    /// How many kiobufs have bytes in it, counted at dispatch.
+    pub kiobufs: u64,
 }
 
 /// A request as a backend sees it. It must be ended exactly once with [`DeviceRequest::end`];
@@ -92,6 +95,14 @@ impl DeviceRequest {
         self.end_now(result);
     }
 
+    /// Dispatch: from here its latency counts.
+    pub(crate) fn mark_started(&mut self, now: Instant) {
+        if let Some(parts) = &mut self.parts {
+            parts.started = Some(now);
+            parts.kiobufs = crate::units::dev_len(parts.chain.kiobufs());
+        }
+    }
+
     fn end_now(&mut self, result: Result<u64, ErrorKind>) {
         let Some(parts) = self.parts.take() else {
             return;
@@ -111,17 +122,30 @@ impl Drop for DeviceRequest {
 
 impl Parts {
     pub(crate) fn new(op: Op, dev: u16, offset: u64, chain: Chain) -> Parts {
-        let len = chain.bytes();
         Parts {
             op,
             dev,
             offset,
-            len,
+            len: chain.bytes(),
             chain,
             lane: 0,
             is_retry: false,
             started: None,
             seq: 0,
+            kiobufs: 0,
+        }
+    }
+
+    pub(crate) fn of_view(op: Op, dev: u16, offset: u64, view: View) -> Parts {
+        Parts::new(op, dev, offset, Chain::of(view))
+    }
+
+    pub(crate) fn discard(dev: u16, offset: u64, len: u64) -> Parts {
+        let lane = u8::MAX;
+        Parts {
+            len,
+            lane,
+            ..Parts::new(Op::Discard, dev, offset, Chain::new())
         }
     }
 

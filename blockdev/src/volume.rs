@@ -1,109 +1,637 @@
-//! The volume: assembled members, chunk table and queues.
+//! The volume: members with their queues, and the chunk table that maps logical blocks to them.
+//!
+//! Lock order: `durable` (held across label and table updates), then `map`, then a queue's lock.
+//! Readers and writers of data only take `map` for a moment to copy an `Arc`.
 
+mod plug;
+mod space;
+mod store;
 mod types;
 
+pub use plug::Plug;
 pub use types::*;
 
+use crate::codec::uuid_text;
+use crate::completion::FlushDone;
 use crate::device::BlockDevice;
-use crate::error::BlockError;
-use crate::kiobuf::Kiobuf;
+use crate::error::{BlockError, ErrorKind, Op};
+use crate::kiobuf::{Completion, Kiobuf, Leg, View};
+use crate::label::{DEVICE_BYTES_MIN, DEVICES_MAX, LABEL_TEXT_MAX, is_stripe_unit};
 use crate::pages::{AlignedBuf, PageRun};
+use crate::queue::{DeviceQueue, FlushFanIn, FlushTicket, ReadFallback};
+use crate::request::Parts;
 use crate::stats::VolumeStats;
-use crate::units::VolBlock;
-use std::marker::PhantomData;
-use std::sync::Arc;
+use crate::stripe::Geometry;
+use crate::table::Table;
+use crate::units::{BLOCK_SIZE, VolBlock};
+use parking_lot::{Mutex, RwLock};
+use space::{Plan, Space};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+use store::Identity;
 
-/// Assembled members with their chunk table and queues.
-pub struct Volume {}
+/// Bound on the wait for one transfer or flush by a caller of the `_wait` functions.
+const IO_WAIT_MAX: Duration = Duration::from_secs(120);
+/// Bound on the wait for what is under way when the volume is closed.
+const DRAIN_WAIT_MAX: Duration = Duration::from_secs(60);
+/// Plug lists kept for reuse: more plugs than this are never open at once for long.
+const PLUG_LISTS_MAX: u64 = 64;
 
-/// Collects kiobufs and dispatches them together; see [`Volume::plug`].
-pub struct Plug<'a> {
-    volume: PhantomData<&'a Volume>,
+/// A share of a chunk on a device, for the way back from a device to the volume.
+#[derive(Clone, Copy)]
+struct Share {
+    start: u64,
+    end: u64,
+    chunk: usize,
+    member: usize,
 }
 
-#[expect(missing_docs, unused_variables, reason = "skeleton")]
+/// The chunk table as the I/O path sees it; replaced whole when a chunk is added.
+#[derive(Default)]
+struct ChunkMap {
+    /// Ordered by start.
+    chunks: Vec<Chunk>,
+    /// By device, ordered by start.
+    shares: Vec<Vec<Share>>,
+}
+
+impl ChunkMap {
+    fn new(chunks: &[Chunk], devices: usize) -> ChunkMap {
+        let mut shares = vec![Vec::new(); devices];
+        for (index, chunk) in chunks.iter().enumerate() {
+            for (number, member) in chunk.members.iter().enumerate() {
+                shares[usize::from(member.dev)].push(Share {
+                    start: member.offset_bytes,
+                    end: member.offset_bytes + chunk.member_len_bytes,
+                    chunk: index,
+                    member: number,
+                });
+            }
+        }
+        for list in &mut shares {
+            list.sort_unstable_by_key(|share| share.start);
+        }
+        ChunkMap {
+            chunks: chunks.to_vec(),
+            shares,
+        }
+    }
+
+    fn find(&self, at: VolBlock) -> Option<usize> {
+        let index = self
+            .chunks
+            .partition_point(|chunk| chunk.start <= at)
+            .checked_sub(1)?;
+        self.chunks[index].contains(at).then_some(index)
+    }
+
+    fn share_at(&self, dev: u16, offset: u64) -> Option<Share> {
+        let list = self.shares.get(usize::from(dev))?;
+        let index = list
+            .partition_point(|share| share.start <= offset)
+            .checked_sub(1)?;
+        Some(list[index]).filter(|share| offset < share.end)
+    }
+}
+
+#[derive(Default)]
+struct Counters {
+    kiobufs: AtomicU64,
+    kiobuf_bytes: AtomicU64,
+    chains: AtomicU64,
+    splits: AtomicU64,
+    plugs: AtomicU64,
+    back_merges: AtomicU64,
+    front_merges: AtomicU64,
+    mirror_retries: AtomicU64,
+}
+
+/// What is on the devices.
+struct Durable {
+    table: Table,
+    generation: u64,
+    /// An update failed half way: which generation the members have is for the next assembly to say.
+    failed: Option<BlockError>,
+}
+
+/// Assembled members with their chunk table and queues.
+pub struct Volume {
+    identity: Identity,
+    devices: Vec<Arc<dyn BlockDevice>>,
+    queues: Vec<Arc<DeviceQueue>>,
+    map: RwLock<Arc<ChunkMap>>,
+    durable: Mutex<Durable>,
+    read_only: bool,
+    was_clean: bool,
+    closed: AtomicBool,
+    plug_lists: Mutex<Vec<plug::Lists>>,
+    counters: Counters,
+}
+
 impl Volume {
+    /// Writes labels and a chunk table with one metadata chunk to `devices`, in this order of
+    /// index, and returns the volume ready for use. What the devices held is lost: the caller has
+    /// made sure that nobody misses it.
     pub fn format(
         devices: Vec<Arc<dyn BlockDevice>>,
         options: &FormatOptions,
     ) -> Result<Arc<Volume>, VolumeError> {
-        unimplemented!()
+        if devices.is_empty() || devices.len() > DEVICES_MAX {
+            let (given, max) = (devices.len(), DEVICES_MAX);
+            return Err(VolumeError::Volume(VolumeErrorKind::DeviceCount {
+                given,
+                max,
+            }));
+        }
+        if !is_stripe_unit(options.stripe_unit_bytes) {
+            let kind = VolumeErrorKind::StripeUnit(options.stripe_unit_bytes);
+            return Err(VolumeError::Volume(kind));
+        }
+        if options.label.len() > LABEL_TEXT_MAX || options.label.contains('\0') {
+            return Err(VolumeError::Volume(VolumeErrorKind::LabelText(
+                LABEL_TEXT_MAX,
+            )));
+        }
+        for device in &devices {
+            let (size, min) = (device.size_bytes(), DEVICE_BYTES_MIN);
+            if size < min {
+                return Err(VolumeError::on(
+                    &**device,
+                    VolumeErrorKind::TooSmall { size, min },
+                ));
+            }
+        }
+        let block_error = |error| block_error(&devices, error);
+        let uuids = devices
+            .iter()
+            .map(|_| store::new_uuid())
+            .collect::<Result<Vec<_>, _>>();
+        let fs_uuid = options.fs_uuid.map_or_else(store::new_uuid, Ok);
+        let identity = Identity {
+            fs_uuid: fs_uuid.map_err(block_error)?,
+            text: options.label.clone(),
+            stripe_unit_bytes: options.stripe_unit_bytes,
+            ro_compat: 0,
+            device_uuids: uuids.map_err(block_error)?,
+            sizes: devices.iter().map(|device| device.size_bytes()).collect(),
+        };
+        let mut table = Table::default();
+        let space = Space::new(&identity.sizes, identity.stripe_unit_bytes, &[]);
+        let plan = space
+            .plan_meta()
+            .ok_or(VolumeError::Volume(VolumeErrorKind::NoSpace))?;
+        table.add(plan, identity.stripe_unit_bytes);
+        let generation = identity.format(&devices, &table).map_err(block_error)?;
+        Ok(Self::start(
+            identity, devices, table, generation, false, true,
+        ))
     }
+
+    /// Reads the labels of `devices` (in any order), checks that they are one whole volume, and
+    /// starts it. To write, it first repairs damaged or lagging label copies and marks the volume
+    /// as in use.
     pub fn assemble(
         devices: Vec<Arc<dyn BlockDevice>>,
         read_only: bool,
     ) -> Result<Arc<Volume>, VolumeError> {
-        unimplemented!()
+        let elected = store::elect(devices)?;
+        let mut generation = elected.generation;
+        if !read_only {
+            if elected.identity.ro_compat != 0 {
+                let kind = crate::label::LabelError::Features(elected.identity.ro_compat);
+                return Err(VolumeError::Volume(VolumeErrorKind::Label(kind)));
+            }
+            let block_error = |error| block_error(&elected.devices, error);
+            elected.repair().map_err(block_error)?;
+            generation += 1;
+            elected
+                .identity
+                .update(&elected.devices, &elected.table, generation, false)
+                .map_err(block_error)?;
+        }
+        let store::Elected {
+            identity,
+            devices,
+            table,
+            is_clean,
+            ..
+        } = elected;
+        Ok(Self::start(
+            identity, devices, table, generation, read_only, is_clean,
+        ))
     }
+
+    fn start(
+        identity: Identity,
+        devices: Vec<Arc<dyn BlockDevice>>,
+        table: Table,
+        generation: u64,
+        read_only: bool,
+        was_clean: bool,
+    ) -> Arc<Volume> {
+        let queue = |(index, device): (usize, &Arc<dyn BlockDevice>)| {
+            let index = u16::try_from(index).expect("bounded by DEVICES_MAX");
+            DeviceQueue::new(index, device.clone())
+        };
+        let queues: Vec<_> = devices.iter().enumerate().map(queue).collect();
+        let volume = Arc::new(Volume {
+            map: RwLock::new(Arc::new(ChunkMap::new(&table.chunks, devices.len()))),
+            durable: Mutex::new(Durable {
+                table,
+                generation,
+                failed: None,
+            }),
+            identity,
+            devices,
+            queues,
+            read_only,
+            was_clean,
+            closed: AtomicBool::new(false),
+            plug_lists: Mutex::default(),
+            counters: Counters::default(),
+        });
+        let fallback: Weak<dyn ReadFallback> = Arc::<Volume>::downgrade(&volume);
+        for queue in &volume.queues {
+            queue.set_fallback(fallback.clone());
+        }
+        volume
+    }
+
+    /// The volume, described.
     pub fn info(&self) -> VolumeInfo {
-        unimplemented!()
+        let durable = self.durable.lock();
+        let (generation, chunks) = (durable.generation, durable.table.chunks.clone());
+        drop(durable);
+        let devices = self.devices.iter().zip(0u16..).map(|(device, index)| {
+            let on_it = |chunk: &Chunk| {
+                let shares = chunk.members.iter().filter(|member| member.dev == index);
+                shares.map(|_| chunk.member_len_bytes).sum::<u64>()
+            };
+            DeviceInfo {
+                name: device.name().to_owned(),
+                index,
+                uuid: uuid_text(&self.identity.device_uuids[usize::from(index)]),
+                size_bytes: self.identity.sizes[usize::from(index)],
+                allocated_bytes: chunks.iter().map(on_it).sum(),
+                backend: device.kind(),
+            }
+        });
+        VolumeInfo {
+            uuid: uuid_text(&self.identity.fs_uuid),
+            label: self.identity.text.clone(),
+            generation,
+            stripe_unit_bytes: self.identity.stripe_unit_bytes,
+            was_clean: self.was_clean,
+            devices: devices.collect(),
+            chunks,
+        }
     }
+
+    /// UUID of the file system, as bytes.
+    pub fn fs_uuid(&self) -> [u8; 16] {
+        self.identity.fs_uuid
+    }
+
+    /// Whether the volume was assembled read-only.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// The chunks in order of their logical place.
     pub fn chunks(&self) -> Vec<Chunk> {
-        unimplemented!()
+        self.map.read().chunks.clone()
     }
+
+    /// Adds a chunk, durable on all members when this returns. A data chunk leaves `reserve_bytes`
+    /// of device space to metadata.
     pub fn allocate_chunk(
         &self,
         kind: ChunkKind,
         reserve_bytes: u64,
     ) -> Result<Chunk, VolumeError> {
-        unimplemented!()
+        if self.read_only {
+            return Err(VolumeError::Volume(VolumeErrorKind::ReadOnly));
+        }
+        let mut durable = self.durable.lock();
+        let space = self.space(&durable.table);
+        let plan = match kind {
+            ChunkKind::Data => space.plan_data(reserve_bytes),
+            ChunkKind::Meta => space.plan_meta(),
+        };
+        let plan = plan.filter(|plan| durable.table.has_room_for(plan.members.len()));
+        let plan = plan.ok_or(VolumeError::Volume(VolumeErrorKind::NoSpace))?;
+        let mut table = durable.table.clone();
+        let chunk = table.add(plan, self.identity.stripe_unit_bytes);
+        self.update(&mut durable, table, false)
+            .map_err(|e| block_error(&self.devices, e))?;
+        *self.map.write() = Arc::new(ChunkMap::new(&durable.table.chunks, self.devices.len()));
+        Ok(chunk)
     }
+
+    fn space(&self, table: &Table) -> Space {
+        Space::new(
+            &self.identity.sizes,
+            self.identity.stripe_unit_bytes,
+            &table.chunks,
+        )
+    }
+
+    /// Once an update failed, nobody knows which generation the members have, so none follows.
+    fn update(
+        &self,
+        durable: &mut Durable,
+        table: Table,
+        is_clean: bool,
+    ) -> Result<(), BlockError> {
+        if let Some(error) = durable.failed {
+            return Err(error);
+        }
+        let generation = durable.generation + 1;
+        let result = self
+            .identity
+            .update(&self.devices, &table, generation, is_clean);
+        match result {
+            Ok(()) => (durable.table, durable.generation) = (table, generation),
+            Err(error) => durable.failed = Some(error),
+        }
+        result
+    }
+
+    /// Raw device bytes in no chunk that a data chunk could still use.
     pub fn unallocated_bytes(&self) -> u64 {
-        unimplemented!()
+        self.space(&self.durable.lock().table).unallocated()
     }
+
+    /// Raw device bytes that the next metadata chunk would take, both copies; 0 if none fits.
     pub fn meta_chunk_bytes(&self) -> u64 {
-        unimplemented!()
+        let plan = self.space(&self.durable.lock().table).plan_meta();
+        plan.map_or(0, |plan| 2 * plan.member_len_bytes)
     }
+
+    /// Starts to collect kiobufs; they are dispatched when the plug is finished or dropped.
     pub fn plug(&self) -> Plug<'_> {
-        unimplemented!()
+        Plug::new(self)
     }
-    pub fn flush(&self, done: Box<dyn FnOnce(Result<(), BlockError>) + Send>) {
-        unimplemented!()
+
+    /// Makes all writes durable that have *ended* by now, on all members, then calls `done`. Only
+    /// members that were written since their last flush are asked. A flush that failed fails all
+    /// later ones too.
+    pub fn flush(&self, done: FlushDone) {
+        let fan_in = FlushFanIn::new(done);
+        for queue in &self.queues {
+            queue.flush(FlushTicket::new(&fan_in));
+        }
     }
+
+    /// [`Self::flush`], waiting.
     pub fn flush_wait(&self) -> Result<(), BlockError> {
-        unimplemented!()
+        let (to, from) = sync_channel(1);
+        self.flush(Box::new(move |result| to.send(result).unwrap_or_default()));
+        let (dev, at) = (BlockError::NO_DEVICE, 0);
+        let late = BlockError {
+            kind: ErrorKind::TimedOut,
+            op: Op::Flush,
+            dev,
+            at,
+        };
+        from.recv_timeout(IO_WAIT_MAX).unwrap_or(Err(late))
     }
+
+    /// Tells the devices that a range holds nothing of value. Best effort, in the background.
     pub fn discard(&self, at: VolBlock, blocks: u64) {
-        unimplemented!()
+        if self.refusal(Op::Write).is_some() {
+            return;
+        }
+        let map = self.map.read().clone();
+        let (mut at, end) = (at, at.plus(blocks));
+        while at < end {
+            let Some(chunk) = map.find(at).map(|index| &map.chunks[index]) else {
+                return;
+            };
+            let within = at.bytes() - chunk.start.bytes();
+            let stop = end.min(chunk.end());
+            for piece in Geometry::of(chunk).pieces(within, stop.bytes() - chunk.start.bytes()) {
+                let copies = usize::from(chunk.copies());
+                for member in &chunk.members[piece.member..piece.member + copies] {
+                    let offset = member.offset_bytes + piece.offset;
+                    let queue = &self.queues[usize::from(member.dev)];
+                    queue.enqueue(std::iter::once(Parts::discard(
+                        member.dev, offset, piece.len,
+                    )));
+                    queue.kick();
+                }
+            }
+            at = stop;
+        }
     }
+
+    /// How many places hold a block; 0 if it lies in no chunk.
     pub fn copies(&self, at: VolBlock) -> u8 {
-        unimplemented!()
+        let map = self.map.read();
+        map.find(at).map_or(0, |index| map.chunks[index].copies())
     }
+
+    /// Device and byte offset of one copy of a block.
     pub fn locate(&self, at: VolBlock, copy: u8) -> Option<(u16, u64)> {
-        unimplemented!()
+        let map = self.map.read().clone();
+        let chunk = &map.chunks[map.find(at)?];
+        let piece = Geometry::of(chunk).piece(at.bytes() - chunk.start.bytes(), BLOCK_SIZE);
+        let copy = Some(usize::from(copy)).filter(|&copy| copy < usize::from(chunk.copies()))?;
+        let member = chunk.members.get(piece.member + copy)?;
+        Some((member.dev, member.offset_bytes + piece.offset))
     }
+
+    /// What messages call a member.
     pub fn device_name(&self, dev: u16) -> String {
-        unimplemented!()
+        match self.devices.get(usize::from(dev)) {
+            Some(device) => device.name().to_owned(),
+            None => "no device".to_owned(),
+        }
     }
+
+    /// Tells the devices where most I/O memory lies. Once, before I/O.
     pub fn register_memory(&self, arena: PageRun) {
-        unimplemented!()
+        for device in &self.devices {
+            device.register_memory(arena);
+        }
     }
+
+    /// What the volume did since it was assembled.
     pub fn stats(&self) -> VolumeStats {
-        unimplemented!()
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let devices: Vec<_> = self.queues.iter().map(|queue| queue.stats()).collect();
+        let counters = &self.counters;
+        VolumeStats {
+            kiobufs: get(&counters.kiobufs),
+            kiobuf_bytes: get(&counters.kiobuf_bytes),
+            chains: get(&counters.chains),
+            splits: get(&counters.splits),
+            plugs: get(&counters.plugs),
+            back_merges: get(&counters.back_merges)
+                + devices.iter().map(|device| device.back_merges).sum::<u64>(),
+            front_merges: get(&counters.front_merges)
+                + devices
+                    .iter()
+                    .map(|device| device.front_merges)
+                    .sum::<u64>(),
+            mirror_retries: get(&counters.mirror_retries),
+            devices,
+        }
     }
+
+    /// Waits for what is under way, flushes, and marks the volume clean. Later I/O is refused. Only
+    /// the first call does anything.
     pub fn close(&self) -> Result<(), BlockError> {
-        unimplemented!()
+        if self.closed.swap(true, Ordering::SeqCst) {
+            return Ok(());
+        }
+        let mut late = None;
+        for (queue, dev) in self.queues.iter().zip(0u16..) {
+            if !queue.drain(DRAIN_WAIT_MAX) {
+                let (kind, op) = (ErrorKind::TimedOut, Op::Flush);
+                late = late.or(Some(BlockError {
+                    kind,
+                    op,
+                    dev,
+                    at: 0,
+                }));
+            }
+        }
+        self.flush_wait()?;
+        if let Some(error) = late {
+            return Err(error);
+        }
+        if self.read_only {
+            return Ok(());
+        }
+        let mut durable = self.durable.lock();
+        let table = durable.table.clone();
+        self.update(&mut durable, table, true)
     }
+
+    /// Reads and waits; the buffer comes back full.
     pub fn read_wait(
         &self,
         at: VolBlock,
         buf: AlignedBuf,
         copy: Option<u8>,
     ) -> Result<AlignedBuf, BlockError> {
-        unimplemented!()
+        self.transfer_wait(Op::Read, at, buf, |plug, kiobuf| {
+            plug.read(at, kiobuf, copy, Class::Sync);
+        })
     }
+
+    /// Writes and waits; durable only after a flush.
     pub fn write_wait(&self, at: VolBlock, buf: AlignedBuf) -> Result<AlignedBuf, BlockError> {
-        unimplemented!()
+        self.transfer_wait(Op::Write, at, buf, |plug, kiobuf| {
+            plug.write(at, kiobuf, Class::Sync);
+        })
+    }
+
+    fn transfer_wait(
+        &self,
+        op: Op,
+        at: VolBlock,
+        buf: AlignedBuf,
+        submit: impl FnOnce(&mut Plug<'_>, Kiobuf),
+    ) -> Result<AlignedBuf, BlockError> {
+        let (to, from) = sync_channel(1);
+        let len = buf.len();
+        let end_io = Box::new(move |done: Completion| to.send(done).unwrap_or_default());
+        let mut plug = self.plug();
+        submit(&mut plug, Kiobuf::new(Box::new(buf), 0, len, end_io));
+        plug.finish();
+        let (dev, at) = (BlockError::NO_DEVICE, at.bytes());
+        let late = BlockError {
+            kind: ErrorKind::TimedOut,
+            op,
+            dev,
+            at,
+        };
+        let done = from.recv_timeout(IO_WAIT_MAX).map_err(|_| late)?;
+        match (done.error, AlignedBuf::from_pages(done.pages)) {
+            (None, Ok(buf)) => Ok(buf),
+            (None, Err(_)) => Err(BlockError {
+                kind: ErrorKind::Aborted,
+                ..late
+            }),
+            (Some(error), _) => Err(error),
+        }
+    }
+
+    /// Why an operation is not even tried.
+    fn refusal(&self, op: Op) -> Option<ErrorKind> {
+        if self.closed.load(Ordering::Relaxed) {
+            return Some(ErrorKind::DeviceGone);
+        }
+        (self.read_only && op != Op::Read).then_some(ErrorKind::Os(libc::EROFS))
     }
 }
 
-#[expect(missing_docs, unused_variables, reason = "skeleton")]
-impl Plug<'_> {
-    pub fn read(&mut self, at: VolBlock, kiobuf: Kiobuf, copy: Option<u8>, class: Class) {
-        unimplemented!()
+impl ReadFallback for Volume {
+    fn read_failed(&self, mut view: View, error: BlockError) {
+        let map = self.map.read().clone();
+        let share = map.share_at(error.dev, error.at);
+        let other = share.and_then(|share| {
+            let chunk = &map.chunks[share.chunk];
+            let others = chunk
+                .members
+                .iter()
+                .enumerate()
+                .filter(|(n, _)| *n != share.member);
+            let (_, other) = others.take(usize::from(chunk.copies()) - 1).next()?;
+            Some((other.dev, other.offset_bytes + (error.at - share.start)))
+        });
+        let Some((dev, offset)) = other else {
+            return view.end_bad(error);
+        };
+        log::warn!(
+            "{}: {error}; reading the other copy",
+            self.device_name(error.dev)
+        );
+        self.counters.mirror_retries.fetch_add(1, Ordering::Relaxed);
+        view.leg = Leg::Pinned;
+        let parts = Parts::of_view(Op::Read, dev, offset, view);
+        let queue = &self.queues[usize::from(dev)];
+        queue.enqueue(std::iter::once(Parts {
+            is_retry: true,
+            ..parts
+        }));
+        queue.kick();
     }
-    pub fn write(&mut self, at: VolBlock, kiobuf: Kiobuf, class: Class) {
-        unimplemented!()
+}
+
+impl Table {
+    /// Adds a planned chunk at the end of the logical space.
+    fn add(&mut self, plan: Plan, stripe_unit_bytes: u32) -> Chunk {
+        let width = match plan.profile {
+            Profile::Stripe => crate::units::dev_len(plan.members.len()),
+            Profile::Single | Profile::Mirror => 1,
+        };
+        let unit = u64::from(stripe_unit_bytes) / BLOCK_SIZE;
+        let chunk = Chunk {
+            id: self.next_chunk_id,
+            start: VolBlock(self.next_block),
+            len_blocks: plan.member_len_bytes / BLOCK_SIZE * width,
+            kind: plan.kind,
+            profile: plan.profile,
+            stripe_unit_blocks: u32::try_from(unit).unwrap_or(u32::MAX),
+            members: plan.members,
+            member_len_bytes: plan.member_len_bytes,
+        };
+        self.next_chunk_id += 1;
+        self.next_block += chunk.len_blocks;
+        self.chunks.push(chunk.clone());
+        chunk
     }
-    pub fn finish(self) {}
+}
+
+/// An error of a device, with its name.
+fn block_error(devices: &[Arc<dyn BlockDevice>], error: BlockError) -> VolumeError {
+    match devices.get(usize::from(error.dev)) {
+        Some(device) => VolumeError::on(&**device, error),
+        None => VolumeError::Volume(error.into()),
+    }
 }

@@ -1,6 +1,18 @@
 //! Opening and locking files and block devices.
-use crate::device::BlockDevice;
-use std::path::Path;
+//!
+//! A writer holds an exclusive flock, a reader a shared one, for the device's life; a block device
+//! is also opened with O_EXCL, which the kernel refuses while it is mounted, swapped on, or part of
+//! a device-mapper or md array. A regular file that backs a loop device is refused too, because
+//! whatever uses that loop device would not see our lock.
+
+use super::BlockDevice;
+use super::file::{DeviceFile, block_device_size};
+use super::pool::PoolDevice;
+use crate::units::{BLOCK_SIZE, round_down};
+use nix::fcntl::OFlag;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Which backend to use.
@@ -27,20 +39,119 @@ pub struct OpenMode {
 }
 
 /// Why a device cannot be opened. Messages do not name the device: the caller knows it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
     /// Another process (or this one) has it open for braidfs, has it mounted, or uses it otherwise.
-    #[error("is in use")]
+    #[error("is in use (mounted, or opened by another program)")]
     InUse,
+    /// A regular file that backs a loop device.
+    #[error("is in use by loop device {}", .0.display())]
+    BacksLoop(PathBuf),
     /// Neither a regular file nor a block device.
     #[error("is neither a regular file nor a block device")]
     NotADevice,
+    /// The kernel or its policy does not offer io_uring.
+    #[error("io_uring is not available: {}", std::io::Error::from_raw_os_error(*.0))]
+    NoUring(i32),
     /// The operating system refused.
     #[error("cannot be opened: {}", std::io::Error::from_raw_os_error(*.0))]
     Os(i32),
 }
 
 /// Opens and locks a regular file or block device.
-pub fn open_device(_path: &Path, _mode: OpenMode) -> Result<Arc<dyn BlockDevice>, OpenError> {
-    unimplemented!()
+pub fn open_device(path: &Path, mode: OpenMode) -> Result<Arc<dyn BlockDevice>, OpenError> {
+    let file = open_file(path, mode)?;
+    if mode.backend == Backend::Threads {
+        return Ok(Arc::new(PoolDevice::new(file)));
+    }
+    match super::uring::UringDevice::new(file) {
+        Ok(device) => Ok(Arc::new(device)),
+        Err((_, errno)) if mode.backend == Backend::Uring => Err(OpenError::NoUring(errno)),
+        Err((file, errno)) => {
+            let error = std::io::Error::from_raw_os_error(errno);
+            log::info!("{}: no io_uring ({error}), using threads", file.name);
+            Ok(Arc::new(PoolDevice::new(file)))
+        }
+    }
+}
+
+/// The loop device that a regular file backs, if any.
+pub fn backed_loop_device(path: &Path) -> Option<PathBuf> {
+    let meta = path.metadata().ok().filter(|meta| meta.is_file())?;
+    for entry in std::fs::read_dir("/sys/block").ok()?.flatten() {
+        let backing = entry.path().join("loop/backing_file");
+        let Ok(text) = std::fs::read_to_string(backing) else {
+            continue;
+        };
+        let same = Path::new(text.trim_end_matches('\n'))
+            .metadata()
+            .is_ok_and(|other| (other.dev(), other.ino()) == (meta.dev(), meta.ino()));
+        if same {
+            return Some(Path::new("/dev").join(entry.file_name()));
+        }
+    }
+    None
+}
+
+fn open_file(path: &Path, mode: OpenMode) -> Result<DeviceFile, OpenError> {
+    let meta = path.metadata().map_err(open_error)?;
+    let is_block = meta.file_type().is_block_device();
+    if !is_block && !meta.is_file() {
+        return Err(OpenError::NotADevice);
+    }
+    if let Some(device) = backed_loop_device(path) {
+        return Err(OpenError::BacksLoop(device));
+    }
+    let open = |direct: bool| {
+        let mut flags = OFlag::O_CLOEXEC;
+        flags.set(OFlag::O_DIRECT, direct);
+        flags.set(OFlag::O_EXCL, is_block && !mode.read_only);
+        let mut options = OpenOptions::new();
+        options
+            .read(true)
+            .write(!mode.read_only)
+            .custom_flags(flags.bits())
+            .open(path)
+    };
+    let (file, direct) = match open(mode.direct) {
+        Ok(file) => (file, mode.direct),
+        // This file system does not know O_DIRECT.
+        Err(error) if mode.direct && error.raw_os_error() == Some(libc::EINVAL) => {
+            (open(false).map_err(open_error)?, false)
+        }
+        Err(error) => return Err(open_error(error)),
+    };
+    lock(&file, mode.read_only)?;
+    let size = match is_block {
+        true => block_device_size(&file).map_err(OpenError::Os)?,
+        false => file.metadata().map_err(open_error)?.len(),
+    };
+    let name = path.display().to_string();
+    let size_bytes = round_down(size, BLOCK_SIZE);
+    Ok(DeviceFile {
+        name,
+        file,
+        size_bytes,
+        is_block,
+        direct,
+    })
+}
+
+fn lock(file: &File, shared: bool) -> Result<(), OpenError> {
+    let result = if shared {
+        file.try_lock_shared()
+    } else {
+        file.try_lock()
+    };
+    result.map_err(|error| match error {
+        TryLockError::WouldBlock => OpenError::InUse,
+        TryLockError::Error(error) => open_error(error),
+    })
+}
+
+fn open_error(error: std::io::Error) -> OpenError {
+    match error.raw_os_error().unwrap_or(libc::EIO) {
+        libc::EBUSY => OpenError::InUse,
+        errno => OpenError::Os(errno),
+    }
 }

@@ -1,27 +1,411 @@
-//! The simulated device.
-use crate::device::BlockDevice;
+//! The simulated device: memory that behaves like a disk with a volatile cache, and fails as told.
+//!
+//! It executes a request when it is submitted, or, while [`SimDevice::hold`] is on, when the test
+//! releases it, in any order. Writes go to a volatile cache of 512-byte sectors that keeps every
+//! unflushed version; a flush makes them durable. [`SimDevice::crash`] gives an image in which each
+//! unflushed sector has any of its versions or none, by a seeded coin toss: that covers reordering,
+//! lost writes and writes torn at a sector edge. Same seed, same wreck.
+
+use super::{BlockDevice, bytes};
+use crate::error::{ErrorKind, Op};
 use crate::request::DeviceRequest;
+use crate::units::{BLOCK_SIZE, dev_len, mem_len};
+use parking_lot::Mutex;
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The unit that a power cut writes whole or not at all.
+pub const SECTOR: usize = 512;
+
+/// Power shared by several devices: counts their writes and flushes, and fails at a chosen one.
+#[derive(Debug)]
+pub struct SimPower {
+    ops: AtomicU64,
+    cut_at: AtomicU64,
+}
+
+impl Default for SimPower {
+    fn default() -> Self {
+        SimPower {
+            ops: AtomicU64::new(0),
+            cut_at: AtomicU64::new(u64::MAX),
+        }
+    }
+}
+
+impl SimPower {
+    /// Power that stays on.
+    pub fn new() -> Arc<SimPower> {
+        Arc::default()
+    }
+
+    /// Writes and flushes begun so far.
+    pub fn ops(&self) -> u64 {
+        self.ops.load(Ordering::SeqCst)
+    }
+
+    /// Fails when operation number `ops` (counted from 0) begins: a write then may have landed in
+    /// part, everything after is lost.
+    pub fn cut_at(&self, ops: u64) {
+        self.cut_at.store(ops, Ordering::SeqCst);
+    }
+
+    fn begin(&self) -> Power {
+        let number = self.ops.fetch_add(1, Ordering::SeqCst);
+        match number.cmp(&self.cut_at.load(Ordering::SeqCst)) {
+            std::cmp::Ordering::Less => Power::On,
+            std::cmp::Ordering::Equal => Power::Failing,
+            std::cmp::Ordering::Greater => Power::Off,
+        }
+    }
+
+    fn is_off(&self) -> bool {
+        self.ops() > self.cut_at.load(Ordering::SeqCst)
+    }
+}
+
+enum Power {
+    On,
+    Failing,
+    Off,
+}
+
+/// What a fault does to a request that touches its range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SimEffect {
+    /// The request fails as a whole; nothing is transferred.
+    Fail(ErrorKind),
+    /// Only so many bytes are transferred.
+    Short(u64),
+    /// A write lands so many bytes further on, and is reported as good.
+    Misdirect(u64),
+    /// A write transfers only so many bytes and is reported as good.
+    Tear(u64),
+    /// A write is reported as good and dropped.
+    Lose,
+}
+
+struct Fault {
+    op: Op,
+    range: Range<u64>,
+    effect: SimEffect,
+    times: Option<u32>,
+}
+
+/// One executed request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SimRecord {
+    /// The operation.
+    pub op: Op,
+    /// Byte offset.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// How it ended.
+    pub result: Result<u64, ErrorKind>,
+}
+
+#[derive(Default)]
+struct State {
+    durable: Vec<u8>,
+    /// Unflushed versions of a sector, oldest first.
+    cache: BTreeMap<usize, Vec<[u8; SECTOR]>>,
+    faults: Vec<Fault>,
+    log: Vec<SimRecord>,
+    holding: bool,
+    held: Vec<DeviceRequest>,
+}
 
 /// A device in memory that records what it is asked and fails as told.
-pub struct SimDevice {}
+pub struct SimDevice {
+    name: String,
+    size_bytes: u64,
+    power: Arc<SimPower>,
+    state: Mutex<State>,
+}
 
 impl SimDevice {
-    /// A zeroed device.
-    pub fn new(_name: &str, _size_bytes: u64) -> Arc<SimDevice> {
-        unimplemented!()
+    /// A zeroed device with power of its own.
+    pub fn new(name: &str, size_bytes: u64) -> Arc<SimDevice> {
+        Self::from_image(name, vec![0; mem_len(size_bytes)], &SimPower::new())
     }
+
+    /// A device that holds `image`.
+    pub fn from_image(name: &str, image: Vec<u8>, power: &Arc<SimPower>) -> Arc<SimDevice> {
+        Arc::new(SimDevice {
+            name: name.to_owned(),
+            size_bytes: crate::units::round_down(dev_len(image.len()), BLOCK_SIZE),
+            power: power.clone(),
+            state: Mutex::new(State {
+                durable: image,
+                ..State::default()
+            }),
+        })
+    }
+
+    /// The next `times` requests (all, if `None`) of kind `op` that touch `range` meet `effect`.
+    pub fn inject(&self, op: Op, range: Range<u64>, effect: SimEffect, times: Option<u32>) {
+        self.state.lock().faults.push(Fault {
+            op,
+            range,
+            effect,
+            times,
+        });
+    }
+
+    /// Takes all faults back.
+    pub fn heal(&self) {
+        self.state.lock().faults.clear();
+    }
+
+    /// While on, requests wait for [`Self::release`].
+    pub fn hold(&self, on: bool) {
+        self.state.lock().holding = on;
+    }
+
+    /// Operation, offset and length of the requests that wait, in order of submission.
+    pub fn held(&self) -> Vec<(Op, u64, u64)> {
+        let state = self.state.lock();
+        state
+            .held
+            .iter()
+            .map(|request| (request.op(), request.offset(), request.len()))
+            .collect()
+    }
+
+    /// Executes and ends the waiting request number `index`; false if there is none.
+    pub fn release(&self, index: usize) -> bool {
+        let mut state = self.state.lock();
+        if index >= state.held.len() {
+            return false;
+        }
+        let request = state.held.remove(index);
+        drop(state);
+        self.execute(request);
+        true
+    }
+
+    /// Executes and ends all waiting requests in order, including those that come meanwhile.
+    pub fn release_all(&self) {
+        while self.release(0) {}
+    }
+
+    /// Everything executed so far, in order.
+    pub fn log(&self) -> Vec<SimRecord> {
+        self.state.lock().log.clone()
+    }
+
+    /// Forgets the record.
+    pub fn clear_log(&self) {
+        self.state.lock().log.clear();
+    }
+
+    /// Turns one stored bit over.
+    pub fn flip_bit(&self, offset: u64, bit: u8) {
+        let byte = self.peek(offset, 1)[0] ^ (1 << (bit % 8));
+        self.poke(offset, &[byte]);
+    }
+
+    /// Stored bytes as a read would see them.
+    pub fn peek(&self, offset: u64, len: usize) -> Vec<u8> {
+        self.state.lock().read(mem_len(offset), len)
+    }
+
+    /// Changes stored bytes behind everybody's back, durably.
+    pub fn poke(&self, offset: u64, bytes: &[u8]) {
+        let mut state = self.state.lock();
+        let mut at = mem_len(offset);
+        for byte in bytes {
+            if let Some(versions) = state.cache.get_mut(&(at / SECTOR)) {
+                for version in versions {
+                    version[at % SECTOR] = *byte;
+                }
+            }
+            state.durable[at] = *byte;
+            at += 1;
+        }
+    }
+
+    /// What the device holds, caches included: an image after a clean end.
+    pub fn image(&self) -> Vec<u8> {
+        let state = self.state.lock();
+        state.read(0, state.durable.len())
+    }
+
+    /// An image after a power cut now. Requests that are held may have landed in part.
+    pub fn crash(&self, seed: u64) -> Vec<u8> {
+        let state = self.state.lock();
+        let held: Vec<_> = state
+            .held
+            .iter()
+            .filter(|request| request.op() == Op::Write)
+            .collect();
+        let writes: Vec<_> = held
+            .into_iter()
+            .map(|request| (request.offset(), bytes::gather(request)))
+            .collect();
+        let mut versions = state.cache.clone();
+        for (offset, data) in writes {
+            push_versions(&mut versions, mem_len(offset), &data);
+        }
+        let mut image = state.durable.clone();
+        drop(state);
+        let mut random = seed ^ 0x9e37_79b9_7f4a_7c15;
+        for (sector, versions) in versions {
+            let chosen = splitmix(&mut random) % (dev_len(versions.len()) + 1);
+            let Some(index) = mem_len(chosen).checked_sub(1) else {
+                continue;
+            };
+            let at = sector * SECTOR;
+            image[at..at + SECTOR].copy_from_slice(&versions[index]);
+        }
+        image
+    }
+
+    fn execute(&self, request: DeviceRequest) {
+        let result = self.perform(&request);
+        let (op, offset, len) = (request.op(), request.offset(), request.len());
+        self.state.lock().log.push(SimRecord {
+            op,
+            offset,
+            len,
+            result,
+        });
+        request.end(result);
+    }
+
+    fn perform(&self, request: &DeviceRequest) -> Result<u64, ErrorKind> {
+        let (op, offset, len) = (request.op(), request.offset(), request.len());
+        let end = offset
+            .checked_add(len)
+            .filter(|&end| end <= self.size_bytes);
+        let end = end.ok_or(ErrorKind::OutOfRange)?;
+        let power = match op {
+            Op::Write | Op::Flush => self.power.begin(),
+            Op::Read | Op::Discard if self.power.is_off() => Power::Off,
+            Op::Read | Op::Discard => Power::On,
+        };
+        let mut state = self.state.lock();
+        let effect = state.fault(op, offset..end.max(offset + 1));
+        match (power, effect) {
+            (Power::Off, _) => return Err(ErrorKind::DeviceGone),
+            (Power::Failing, _) => {
+                if op == Op::Write {
+                    state.write(mem_len(offset), &bytes::gather(request));
+                }
+                return Err(ErrorKind::DeviceGone);
+            }
+            (Power::On, Some(SimEffect::Fail(kind))) => return Err(kind),
+            (Power::On, _) => {}
+        }
+        let (transferred, reported) = match effect {
+            Some(SimEffect::Short(bytes)) => (bytes.min(len), bytes.min(len)),
+            Some(SimEffect::Tear(bytes)) => (bytes.min(len), len),
+            Some(SimEffect::Lose) => (0, len),
+            _ => (len, len),
+        };
+        let moved = match effect {
+            Some(SimEffect::Misdirect(by)) if end + by <= self.size_bytes => by,
+            _ => 0,
+        };
+        match op {
+            Op::Read => bytes::scatter(request, &state.read(mem_len(offset), mem_len(transferred))),
+            Op::Write => {
+                let data = bytes::gather(request);
+                state.write(mem_len(offset + moved), &data[..mem_len(transferred)]);
+            }
+            Op::Flush => state.flush(),
+            Op::Discard => {}
+        }
+        Ok(reported)
+    }
+}
+
+impl State {
+    /// The effect that a request meets, counted against its fault.
+    fn fault(&mut self, op: Op, range: Range<u64>) -> Option<SimEffect> {
+        let hits = |fault: &Fault| {
+            fault.op == op
+                && fault.times != Some(0)
+                && (op == Op::Flush
+                    || (fault.range.start < range.end && range.start < fault.range.end))
+        };
+        let fault = self.faults.iter_mut().find(|fault| hits(fault))?;
+        if let Some(times) = &mut fault.times {
+            *times -= 1;
+        }
+        Some(fault.effect)
+    }
+
+    fn read(&self, offset: usize, len: usize) -> Vec<u8> {
+        let mut bytes = self.durable[offset..offset + len].to_vec();
+        let sectors = offset / SECTOR..(offset + len).div_ceil(SECTOR);
+        for (sector, versions) in self.cache.range(sectors) {
+            let Some(newest) = versions.last() else {
+                continue;
+            };
+            let at = sector * SECTOR;
+            let (from, to) = (at.max(offset), (at + SECTOR).min(offset + len));
+            bytes[from - offset..to - offset].copy_from_slice(&newest[from - at..to - at]);
+        }
+        bytes
+    }
+
+    fn write(&mut self, offset: usize, data: &[u8]) {
+        push_versions(&mut self.cache, offset, data);
+    }
+
+    fn flush(&mut self) {
+        for (sector, versions) in std::mem::take(&mut self.cache) {
+            let at = sector * SECTOR;
+            if let Some(newest) = versions.last() {
+                self.durable[at..at + SECTOR].copy_from_slice(newest);
+            }
+        }
+    }
+}
+
+/// Writes are whole sectors, but a short or torn one may end inside a sector: that one is left out.
+fn push_versions(cache: &mut BTreeMap<usize, Vec<[u8; SECTOR]>>, offset: usize, data: &[u8]) {
+    for (index, sector) in data.as_chunks::<SECTOR>().0.iter().enumerate() {
+        cache
+            .entry(offset / SECTOR + index)
+            .or_default()
+            .push(*sector);
+    }
+}
+
+/// A small seeded generator, good enough for coin tosses.
+fn splitmix(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut mixed = *state;
+    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
 }
 
 impl BlockDevice for SimDevice {
     fn name(&self) -> &str {
-        unimplemented!()
+        &self.name
     }
+
     fn size_bytes(&self) -> u64 {
-        unimplemented!()
+        self.size_bytes
     }
+
     fn kind(&self) -> &'static str {
         "sim"
     }
-    fn submit(&self, _request: DeviceRequest) {}
+
+    fn submit(&self, request: DeviceRequest) {
+        let mut state = self.state.lock();
+        if state.holding {
+            state.held.push(request);
+            return;
+        }
+        drop(state);
+        self.execute(request);
+    }
 }

@@ -1,6 +1,9 @@
 //! What the volume's callers see: chunks, options, descriptions, errors.
 
+use crate::device::BlockDevice;
 use crate::error::BlockError;
+use crate::label::LabelError;
+use crate::table::TableError;
 use crate::units::{BLOCK_SIZE, VolBlock};
 use serde::Serialize;
 
@@ -174,6 +177,13 @@ pub enum VolumeError {
 }
 
 impl VolumeError {
+    pub(crate) fn on(device: &dyn BlockDevice, kind: impl Into<VolumeErrorKind>) -> VolumeError {
+        VolumeError::Device {
+            device: device.name().to_owned(),
+            kind: kind.into(),
+        }
+    }
+
     /// The cause, whichever device it concerns.
     pub fn kind(&self) -> &VolumeErrorKind {
         match self {
@@ -182,9 +192,82 @@ impl VolumeError {
     }
 }
 
-/// Causes of a [`VolumeError`].
+/// Causes of a [`VolumeError`]. Each message continues the device's name, where there is one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum VolumeErrorKind {
+    /// No device was given, or more than the format holds.
+    #[error("a volume has 1 to {max} devices, not {given}")]
+    DeviceCount {
+        /// Devices given.
+        given: usize,
+        /// Devices possible.
+        max: usize,
+    },
+    /// Too small to be a member.
+    #[error("is too small: {size} bytes, at least {min} are needed")]
+    TooSmall {
+        /// Its size.
+        size: u64,
+        /// What is needed.
+        min: u64,
+    },
+    /// An option of `format` makes no sense.
+    #[error("stripe unit {0}: must be a power of two from 4096 to 16777216 bytes")]
+    StripeUnit(u32),
+    /// The label text is too long.
+    #[error("label is longer than {0} bytes")]
+    LabelText(usize),
+    /// No usable label in either place.
+    #[error("{0}")]
+    Label(LabelError),
+    /// No usable chunk table.
+    #[error("{0}")]
+    Table(TableError),
+    /// A member of another file system.
+    #[error("belongs to another file system ({found}, the others to {wanted})")]
+    Foreign {
+        /// UUID on this device.
+        found: String,
+        /// UUID of the others.
+        wanted: String,
+    },
+    /// The same member was given before.
+    #[error("is given twice: {other} is the same member (number {index})")]
+    Twice {
+        /// The other name.
+        other: String,
+        /// Index of the member.
+        index: u16,
+    },
+    /// A member is not there.
+    #[error("member number {index} of {count} is missing (file system {fs_uuid})")]
+    Missing {
+        /// Index of the member.
+        index: u16,
+        /// Number of members.
+        count: u16,
+        /// UUID of the file system.
+        fs_uuid: String,
+    },
+    /// The member missed updates that the others have.
+    #[error("is stale: its generation is {found}, the newest is {newest}")]
+    Stale {
+        /// Generation of this member.
+        found: u64,
+        /// Generation of the newest.
+        newest: u64,
+    },
+    /// The device is shorter than when it was formatted.
+    #[error("is truncated: {found} bytes, its label says {wanted}")]
+    Truncated {
+        /// Size now.
+        found: u64,
+        /// Size by the label.
+        wanted: u64,
+    },
+    /// The volume was assembled read-only.
+    #[error("the volume is read-only")]
+    ReadOnly,
     /// No room for another chunk.
     #[error("no space for another chunk")]
     NoSpace,

@@ -1,0 +1,136 @@
+//! A file or block device, opened and locked, with the plain system calls on it.
+#![expect(unsafe_code, reason = "system calls on raw memory and device ioctls")]
+
+use crate::error::{ErrorKind, Op};
+use crate::request::DeviceRequest;
+use crate::units::{dev_len, mem_len};
+use libc::iovec;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+
+/// The kernel's limit on segments of one vectored call.
+pub(super) const IOV_MAX: usize = 1024;
+
+/// An open, locked device.
+pub(super) struct DeviceFile {
+    pub name: String,
+    /// Closing it releases the lock.
+    pub file: File,
+    pub size_bytes: u64,
+    pub is_block: bool,
+    pub direct: bool,
+}
+
+nix::ioctl_write_ptr_bad!(
+    /// Discards a byte range (start, length) of a block device.
+    blkdiscard,
+    nix::request_code_none!(0x12, 119),
+    [u64; 2]
+);
+nix::ioctl_read!(
+    /// Size of a block device in bytes.
+    blkgetsize64,
+    0x12,
+    114,
+    u64
+);
+
+/// Size of a block device.
+pub(super) fn block_device_size(file: &File) -> Result<u64, i32> {
+    let mut size = 0;
+    // SAFETY: the ioctl writes one u64 to the given place.
+    unsafe { blkgetsize64(file.as_raw_fd(), &mut size) }.map_err(|errno| errno as i32)?;
+    Ok(size)
+}
+
+impl DeviceFile {
+    /// Does the whole request on this thread. Short transfers are continued.
+    pub(super) fn transfer(
+        &self,
+        request: &DeviceRequest,
+        iovecs: &mut Vec<iovec>,
+    ) -> Result<u64, ErrorKind> {
+        match request.op() {
+            Op::Flush => self.sync().map(|()| 0),
+            Op::Discard => self
+                .discard(request.offset(), request.len())
+                .map(|()| request.len()),
+            Op::Read | Op::Write => {
+                let mut done = 0;
+                while done < request.len() {
+                    iovecs.clear();
+                    request.fill_iovecs_from(done, iovecs);
+                    iovecs.truncate(IOV_MAX);
+                    match self.transfer_once(request.op(), request.offset() + done, iovecs)? {
+                        0 => break,
+                        bytes => done += bytes,
+                    }
+                }
+                Ok(done)
+            }
+        }
+    }
+
+    fn transfer_once(&self, op: Op, offset: u64, iovecs: &[iovec]) -> Result<u64, ErrorKind> {
+        let count = libc::c_int::try_from(iovecs.len()).unwrap_or(libc::c_int::MAX);
+        let at = libc::off_t::try_from(offset).map_err(|_| ErrorKind::OutOfRange)?;
+        loop {
+            let fd = self.file.as_raw_fd();
+            // SAFETY: the iovecs describe memory that the request's kiobufs own until it ends, and
+            // the request outlives this call; nobody else accesses it in conflict (PageVector).
+            let moved = unsafe {
+                match op {
+                    Op::Read => libc::preadv(fd, iovecs.as_ptr(), count, at),
+                    _ => libc::pwritev(fd, iovecs.as_ptr(), count, at),
+                }
+            };
+            match usize::try_from(moved) {
+                Ok(bytes) => return Ok(dev_len(bytes)),
+                Err(_) => match nix::errno::Errno::last_raw() {
+                    libc::EINTR => continue,
+                    errno => return Err(ErrorKind::Os(errno)),
+                },
+            }
+        }
+    }
+
+    pub(super) fn sync(&self) -> Result<(), ErrorKind> {
+        self.file.sync_data().map_err(os_kind)
+    }
+
+    /// Best effort: a device that cannot discard is left alone.
+    pub(super) fn discard(&self, offset: u64, len: u64) -> Result<(), ErrorKind> {
+        let result = if self.is_block {
+            let range = [offset, len];
+            // SAFETY: the ioctl reads two u64 from the given place.
+            unsafe { blkdiscard(self.file.as_raw_fd(), &range) }.map(|_| ())
+        } else {
+            use nix::fcntl::FallocateFlags;
+            let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            let signed = |value| i64::try_from(value).map_err(|_| ErrorKind::OutOfRange);
+            nix::fcntl::fallocate(&self.file, flags, signed(offset)?, signed(len)?)
+        };
+        result.map_err(|errno| ErrorKind::Os(errno as i32))
+    }
+}
+
+/// The kind of a failed call.
+pub(super) fn os_kind(error: std::io::Error) -> ErrorKind {
+    ErrorKind::Os(error.raw_os_error().unwrap_or(libc::EIO))
+}
+
+/// Drops the first `bytes` of a list of segments.
+pub(super) fn advance(iovecs: &mut Vec<iovec>, mut bytes: u64) {
+    let whole = iovecs.iter().take_while(|part| {
+        let len = dev_len(part.iov_len);
+        let taken = bytes >= len;
+        bytes -= if taken { len } else { 0 };
+        taken
+    });
+    let count = whole.count();
+    iovecs.drain(..count);
+    if let Some(first) = iovecs.first_mut() {
+        first.iov_base = first.iov_base.wrapping_byte_add(mem_len(bytes));
+        first.iov_len -= mem_len(bytes);
+    }
+}
