@@ -1,16 +1,31 @@
-//! The cache.
+//! The cache of one volume: arena, queues, limits and threads, and the spaces made from it.
+
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use braidfs_blockdev::Volume;
+use parking_lot::Mutex;
 
-use crate::{AddressSpace, Backing, CacheStats, FrameVec};
+use crate::arena::Arena;
+use crate::flusher::{self, DirtyList, FlushSignal};
+use crate::helper::Helper;
+use crate::prefault;
+use crate::queues::Queues;
+use crate::stats::Counters;
+use crate::throttle::Throttle;
+use crate::units::PAGE;
+use crate::{AddressSpace, Backing, CacheStats};
+
+/// Flusher threads beyond this are of no use.
+const FLUSHERS_MAX: usize = 16;
 
 /// How large the cache is and when it writes back.
 #[derive(Clone, Debug)]
 pub struct CacheConfig {
-    /// Memory of the arena.
+    /// Memory of the arena; at least 4 MiB are used.
     pub size_bytes: u64,
     /// Percent of the arena that may be dirty before the flushers start.
     pub dirty_background_percent: u8,
@@ -18,7 +33,7 @@ pub struct CacheConfig {
     pub dirty_hard_percent: u8,
     /// Age at which dirty pages are written back anyway.
     pub dirty_expire: Duration,
-    /// Largest readahead window.
+    /// Largest readahead window; 0 for no readahead.
     pub readahead_max_bytes: u32,
     /// Threads that write back in the background.
     pub flusher_threads: usize,
@@ -42,58 +57,133 @@ impl Default for CacheConfig {
 pub enum SpaceClass {
     /// File content.
     Data,
-    /// The metadata store: may dip into the reserve, is flushed by its owner.
+    /// The metadata store: may dip into the reserve, and is flushed by its owner.
     Meta,
 }
 
 /// The page cache of one volume.
-pub struct Cache {}
+pub struct Cache {
+    pub(crate) config: CacheConfig,
+    pub(crate) arena: Arc<Arena>,
+    pub(crate) volume: Arc<Volume>,
+    pub(crate) queues: Queues,
+    pub(crate) counters: Counters,
+    pub(crate) throttle: Throttle,
+    pub(crate) readahead_pages_max: u64,
+    pub(crate) flush_signal: Arc<FlushSignal>,
+    pub(crate) helper: Arc<Helper>,
+    pub(crate) stopped: Arc<AtomicBool>,
+    lists: [DirtyList; 2],
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
 
 impl Cache {
-    /// Makes the arena and starts the threads.
-    pub fn new(_config: CacheConfig, _volume: Arc<Volume>) -> io::Result<Arc<Cache>> {
-        unimplemented!()
+    /// Maps the arena, shows it to the volume's devices and starts the threads.
+    pub fn new(config: CacheConfig, volume: Arc<Volume>) -> io::Result<Arc<Cache>> {
+        let arena = Arena::new(config.size_bytes)?;
+        volume.register_memory(arena.run());
+        let pages = arena.pages();
+        let cache = Arc::new(Cache {
+            queues: Queues::new(pages),
+            counters: Counters::default(),
+            throttle: Throttle::new(&config, pages),
+            readahead_pages_max: (u64::from(config.readahead_max_bytes) / PAGE)
+                .min(u64::from(pages) / 8),
+            flush_signal: Arc::new(FlushSignal::new()),
+            helper: Arc::default(),
+            stopped: Arc::default(),
+            lists: Default::default(),
+            threads: Mutex::default(),
+            config,
+            arena,
+            volume,
+        });
+        cache.start_threads()?;
+        Ok(cache)
     }
-    /// A new, empty address space.
+
+    fn start_threads(self: &Arc<Self>) -> io::Result<()> {
+        let mut threads = self.threads.lock();
+        let named = |name: &str| thread::Builder::new().name(name.into());
+        let (arena, stop) = (Arc::clone(&self.arena), Arc::clone(&self.stopped));
+        threads.push(named("prefault").spawn(move || prefault::run(&arena, &stop))?);
+        let helper = Arc::clone(&self.helper);
+        threads.push(named("cache-helper").spawn(move || helper.work())?);
+        for _ in 0..self.config.flusher_threads.clamp(1, FLUSHERS_MAX) {
+            let cache = Arc::downgrade(self);
+            let signal = Arc::clone(&self.flush_signal);
+            let expire = self.config.dirty_expire;
+            let flusher = named("flusher").spawn(move || flusher::run(&cache, &signal, expire))?;
+            threads.push(flusher);
+        }
+        Ok(())
+    }
+
+    /// A new, empty address space. `id` is what the backing is called with.
     pub fn new_space(
         self: &Arc<Self>,
-        _id: u64,
-        _class: SpaceClass,
-        _backing: Arc<dyn Backing>,
+        id: u64,
+        class: SpaceClass,
+        backing: Arc<dyn Backing>,
     ) -> Arc<AddressSpace> {
-        unimplemented!()
+        AddressSpace::new(id, class, Arc::clone(self), backing)
     }
-    /// Writes back and waits until no page of that class that was dirty at the call is dirty or in
-    /// writeback. Pages whose write failed stay dirty and count as done.
-    pub fn flush_all(&self, _class: SpaceClass) {
-        unimplemented!()
+
+    pub(crate) fn dirty_list(&self, class: SpaceClass) -> &DirtyList {
+        &self.lists[class as usize]
     }
-    /// Dirty bytes of Data spaces.
+
+    /// Dirty bytes of Data spaces; those in writeback do not count.
     pub fn dirty_bytes(&self) -> u64 {
-        unimplemented!()
+        self.dirty_list(SpaceClass::Data).dirty.value() * PAGE
     }
+
     /// Bytes of Data spaces in writeback.
     pub fn writeback_bytes(&self) -> u64 {
-        unimplemented!()
+        self.dirty_list(SpaceClass::Data).writeback.value() * PAGE
     }
-    /// Called by writers before a write, no locks held.
-    pub fn balance_dirty(&self) {
-        unimplemented!()
-    }
-    /// Private pages for direct I/O; waits, with a bound, for memory.
-    pub fn alloc_private(&self, _len: usize) -> Option<FrameVec> {
-        unimplemented!()
-    }
-    /// Drops every clean folio.
+
+    /// Drops every clean folio that is not in use.
     pub fn drop_clean(&self) {
-        unimplemented!()
+        self.evict_all();
     }
+
     /// The counters.
     pub fn stats(&self) -> CacheStats {
-        unimplemented!()
+        let [small_queue_pages, main_queue_pages] = self.queues.pages();
+        CacheStats {
+            size_bytes: u64::from(self.arena.pages()) * PAGE,
+            free_bytes: u64::from(self.arena.free_pages()) * PAGE,
+            reserve_bytes: u64::from(self.arena.reserve_pages()) * PAGE,
+            dirty_bytes: self.dirty_bytes(),
+            writeback_bytes: self.writeback_bytes(),
+            meta_dirty_bytes: self.dirty_list(SpaceClass::Meta).dirty.value() * PAGE,
+            small_queue_pages,
+            main_queue_pages,
+            writeback_rate: self.throttle.rate(),
+            ..self.counters.snapshot()
+        }
     }
-    /// Stops the threads. Idempotent.
+
+    /// Stops the threads; whoever waits for memory or is throttled is let go. The owner has
+    /// flushed before. Idempotent.
     pub fn shutdown(&self) {
-        unimplemented!()
+        self.stopped.store(true, Ordering::Relaxed);
+        self.flush_signal.stop();
+        self.helper.stop();
+        self.arena.freed.notify();
+        let threads = std::mem::take(&mut *self.threads.lock());
+        for thread in threads {
+            // The last reference may be dropped by one of the threads itself.
+            if thread.thread().id() != thread::current().id() && thread.join().is_err() {
+                log::error!("a thread of the cache panicked");
+            }
+        }
+    }
+}
+
+impl Drop for Cache {
+    fn drop(&mut self) {
+        self.shutdown();
     }
 }
