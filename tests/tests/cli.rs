@@ -557,6 +557,7 @@ fn no_root(env: &Env) -> Outcome {
         .args(&volume.devices)
         .arg(&volume.mountpoint)
         .ok();
+    assert!(volume.is_mount_point(), "not mounted");
     let script = "echo text >\"$1/file\"; cat \"$1/file\"; mkdir \"$1/d\"; stat -c %u \"$1/file\"";
     let output = user()
         .args(["sh", "-euc", script, "sh"])
