@@ -73,7 +73,11 @@ pub(super) fn attach(spec: &MountSpec) -> Result<OwnedFd, AttachError> {
 
 /// A connection of our own; never one of the standard descriptors, which children inherit.
 fn open_device() -> Result<File, AttachError> {
-    OpenOptions::new().read(true).write(true).open(DEVICE).map_err(AttachError::Device)
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(DEVICE)
+        .map_err(AttachError::Device)
 }
 
 /// Whether each thread can have a descriptor of its own.
@@ -101,17 +105,27 @@ fn attach_directly(spec: &MountSpec) -> Result<OwnedFd, AttachError> {
         subtype => format!("fuse.{subtype}"),
     };
     let (source, data) = (spec.source.as_str(), data.as_str());
-    nix::mount::mount(Some(source), mount_point, Some(fs_type.as_str()), spec.flags, Some(data))
-        .map_err(|error| AttachError::Mount(mount_point.clone(), error))?;
+    nix::mount::mount(
+        Some(source),
+        mount_point,
+        Some(fs_type.as_str()),
+        spec.flags,
+        Some(data),
+    )
+    .map_err(|error| AttachError::Mount(mount_point.clone(), error))?;
     Ok(OwnedFd::from(device))
 }
 
 fn attach_by_helper(spec: &MountSpec) -> Result<OwnedFd, AttachError> {
     let system = |error: Errno| AttachError::Session(error.into());
     // Without CLOEXEC: the helper finds its end by number. Nothing else is started meanwhile.
-    let (ours, theirs) =
-        socketpair(AddressFamily::Unix, SockType::Stream, None, SockFlag::empty())
-            .map_err(system)?;
+    let (ours, theirs) = socketpair(
+        AddressFamily::Unix,
+        SockType::Stream,
+        None,
+        SockFlag::empty(),
+    )
+    .map_err(system)?;
     let helper = Command::new(FUSERMOUNT)
         .arg("-o")
         .arg(helper_options(spec))
@@ -125,7 +139,9 @@ fn attach_by_helper(spec: &MountSpec) -> Result<OwnedFd, AttachError> {
         .map_err(AttachError::NoFusermount)?;
     drop(theirs);
     let connection = receive_descriptor(&ours);
-    let output = helper.wait_with_output().map_err(AttachError::NoFusermount)?;
+    let output = helper
+        .wait_with_output()
+        .map_err(AttachError::NoFusermount)?;
     match connection {
         Ok(connection) => Ok(connection),
         Err(error) => {
@@ -230,20 +246,26 @@ fn unmount_by_helper(mount_point: &Path, how: Unmount) -> Result<(), Errno> {
         return Ok(());
     }
     let said = String::from_utf8_lossy(&output.stderr);
-    if said.contains("busy") { Err(Errno::EBUSY) } else { Err(Errno::EPERM) }
+    if said.contains("busy") {
+        Err(Errno::EBUSY)
+    } else {
+        Err(Errno::EPERM)
+    }
 }
 
 /// Detaches the mount of a device number, if it is still the one on top of its mount point.
-pub(super) fn unmount_ours(
-    mount_point: &Path,
-    dev: (u32, u32),
-    how: Unmount,
-) -> Result<(), Errno> {
+pub fn unmount_if_ours(mount_point: &Path, dev: (u32, u32), how: Unmount) -> Result<(), Errno> {
     let on_top = mounts::mount_at(mount_point).map_err(|_| Errno::EIO)?;
     match on_top {
         Some(entry) if entry.dev == dev => unmount(mount_point, how),
         _ => Ok(()),
     }
+}
+
+/// Ends the connection of a mount, whoever uses it: all their requests fail from now on. Needs the
+/// rights of whoever mounted, and the control file system of FUSE.
+pub fn abort_connection(dev: (u32, u32)) -> io::Result<()> {
+    fs::write(format!("/sys/fs/fuse/connections/{}/abort", dev.1), "1")
 }
 
 #[cfg(test)]

@@ -20,7 +20,12 @@ pub(super) fn errno(error: Errno) -> fuser::Errno {
 
 /// Who asks.
 pub(super) fn cred(request: &Request, umask: u32) -> Cred {
-    Cred { uid: request.uid(), gid: request.gid(), umask, pid: request.pid() }
+    Cred {
+        uid: request.uid(),
+        gid: request.gid(),
+        umask,
+        pid: request.pid(),
+    }
 }
 
 /// The type of an inode from its mode; anything unknown shows as a regular file.
@@ -104,7 +109,9 @@ pub(super) fn timestamp(time: SystemTime) -> Timestamp {
         },
         // fuser built `EPOCH - Duration(-secs, nanos)` from the protocol's (secs, nanos).
         Err(before) => Timestamp {
-            secs: 0_i64.checked_sub_unsigned(before.duration().as_secs()).unwrap_or(i64::MIN),
+            secs: 0_i64
+                .checked_sub_unsigned(before.duration().as_secs())
+                .unwrap_or(i64::MIN),
             nanos: before.duration().subsec_nanos(),
         },
     }
@@ -133,9 +140,21 @@ mod tests {
 
     #[test]
     fn times_survive_the_way_in() {
-        for secs in [i64::MIN + 1, -2_208_988_800, -2, -1, 0, 1, 15_032_385_535, i64::MAX] {
+        for secs in [
+            i64::MIN + 1,
+            -2_208_988_800,
+            -2,
+            -1,
+            0,
+            1,
+            15_032_385_535,
+            i64::MAX,
+        ] {
             for nanos in [0, 1, 999_999_999] {
-                assert_eq!(timestamp(as_fuser_does(secs, nanos)), Timestamp { secs, nanos });
+                assert_eq!(
+                    timestamp(as_fuser_does(secs, nanos)),
+                    Timestamp { secs, nanos }
+                );
             }
         }
     }
@@ -155,7 +174,13 @@ mod tests {
 
     #[test]
     fn types_of_modes_and_entries_agree() {
-        for mode in [libc::S_IFDIR, libc::S_IFREG, libc::S_IFLNK, libc::S_IFIFO, libc::S_IFSOCK] {
+        for mode in [
+            libc::S_IFDIR,
+            libc::S_IFREG,
+            libc::S_IFLNK,
+            libc::S_IFIFO,
+            libc::S_IFSOCK,
+        ] {
             let kind = u8::try_from(mode >> 12).unwrap();
             assert_eq!(file_type(mode | 0o755), dirent_type(kind));
         }

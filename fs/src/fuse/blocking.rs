@@ -51,8 +51,9 @@ impl Blocking {
         state.threads += 1;
         drop(state);
         let shared = Arc::clone(&self.shared);
-        let spawned =
-            thread::Builder::new().name("braidfs-wait".into()).spawn(move || shared.serve());
+        let spawned = thread::Builder::new()
+            .name("braidfs-wait".into())
+            .spawn(move || shared.serve());
         if spawned.is_err() {
             self.shared.lost_thread();
         }

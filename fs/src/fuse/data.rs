@@ -60,7 +60,10 @@ pub(super) fn answer_write(
     match result {
         Ok(written) => {
             reply.written(written);
-            shared.stats.write_bytes.fetch_add(u64::from(written), Relaxed);
+            shared
+                .stats
+                .write_bytes
+                .fetch_add(u64::from(written), Relaxed);
         }
         Err(error) => reply.error(errno(error)),
     }

@@ -34,7 +34,12 @@ pub(super) fn list(
 ) -> Result<(), Errno> {
     shared.fs.readdir(ino, after, &mut |entry| {
         let kind = dirent_type(entry.kind);
-        !reply.add(INodeNo(entry.ino), entry.cookie, kind, OsStr::from_bytes(entry.name))
+        !reply.add(
+            INodeNo(entry.ino),
+            entry.cookie,
+            kind,
+            OsStr::from_bytes(entry.name),
+        )
     })
 }
 
@@ -85,7 +90,14 @@ fn add_plus(shared: &Shared, entry: &Listed, reply: &mut ReplyDirectoryPlus) -> 
     if dots {
         let attr = bare_attr(entry.ino, dirent_type(entry.kind));
         let zero = Generation(0);
-        return !reply.add(INodeNo(entry.ino), entry.cookie, &entry.name, &ttl, &attr, zero);
+        return !reply.add(
+            INodeNo(entry.ino),
+            entry.cookie,
+            &entry.name,
+            &ttl,
+            &attr,
+            zero,
+        );
     }
     // An entry that went away since it was listed is left out.
     let Ok(attr) = shared.fs.lookup_ino(entry.ino) else {

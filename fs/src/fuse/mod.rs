@@ -36,7 +36,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-pub use attach::{AttachError, MountSpec, Unmount, unmount};
+pub use attach::{AttachError, MountSpec, Unmount, abort_connection, unmount, unmount_if_ours};
 pub use nix::mount::MsFlags;
 pub use session::{MountHandle, Mounted, mount};
 

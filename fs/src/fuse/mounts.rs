@@ -28,21 +28,35 @@ impl MountEntry {
         self.fs_type == "fuse" || self.fs_type.starts_with("fuse.")
     }
 
+    /// Whether the source is this device or a list with this device in it.
+    pub fn names_device(&self, path: &Path) -> bool {
+        let path = path.as_os_str().as_bytes();
+        let source = self.source.as_bytes();
+        source == path || source.split(|&byte| byte == b':').any(|part| part == path)
+    }
+
     /// Who mounted a FUSE file system.
     pub fn user_id(&self) -> Option<u32> {
-        self.super_options.split(',').find_map(|option| option.strip_prefix("user_id=")?.parse().ok())
+        self.super_options
+            .split(',')
+            .find_map(|option| option.strip_prefix("user_id=")?.parse().ok())
     }
 }
 
 /// All mounts, in the order they were made.
 pub fn mounts() -> io::Result<Vec<MountEntry>> {
     let table = fs::read("/proc/self/mountinfo")?;
-    Ok(table.split(|&byte| byte == b'\n').filter_map(parse).collect())
+    Ok(table
+        .split(|&byte| byte == b'\n')
+        .filter_map(parse)
+        .collect())
 }
 
 /// The mount that is on top at this mount point.
 pub fn mount_at(mount_point: &Path) -> io::Result<Option<MountEntry>> {
-    Ok(mounts()?.into_iter().rfind(|entry| entry.mount_point == mount_point))
+    Ok(mounts()?
+        .into_iter()
+        .rfind(|entry| entry.mount_point == mount_point))
 }
 
 /// A line: `id parent major:minor root mountpoint options [tags...] - type source super-options`.
@@ -68,7 +82,9 @@ fn unescape(field: &[u8]) -> OsString {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((&byte, tail)) = rest.split_first() {
-        let code = tail.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        let code = tail
+            .get(..3)
+            .and_then(|digits| std::str::from_utf8(digits).ok());
         match code.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
             Some(code) if byte == b'\\' => {
                 out.push(code);
@@ -91,16 +107,15 @@ pub fn resolve_mount_point(path: &Path) -> io::Result<PathBuf> {
             let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
                 return Err(error);
             };
-            let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+            let parent = if parent.as_os_str().is_empty() {
+                Path::new(".")
+            } else {
+                parent
+            };
             Ok(fs::canonicalize(parent)?.join(name))
         }
         other => other,
     }
-}
-
-/// The device strings of mounts may hold any bytes; for comparisons and messages.
-pub fn source_bytes(entry: &MountEntry) -> &[u8] {
-    entry.source.as_bytes()
 }
 
 #[cfg(test)]
@@ -122,7 +137,12 @@ mod tests {
 
     #[test]
     fn damaged_lines_are_left_out() {
-        for line in [&b""[..], b"1 2 3", b"1 2 a:b / /m rw - t s o", b"1 2 0:1 / /m rw -"] {
+        for line in [
+            &b""[..],
+            b"1 2 3",
+            b"1 2 a:b / /m rw - t s o",
+            b"1 2 0:1 / /m rw -",
+        ] {
             assert_eq!(parse(line), None);
         }
     }

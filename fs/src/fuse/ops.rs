@@ -62,7 +62,13 @@ impl Shared {
         self.stats.end(timer, ok);
     }
 
-    fn end_xattr(&self, timer: Timer, result: Result<Vec<u8>, Errno>, size: u32, reply: ReplyXattr) {
+    fn end_xattr(
+        &self,
+        timer: Timer,
+        result: Result<Vec<u8>, Errno>,
+        size: u32,
+        reply: ReplyXattr,
+    ) {
         let ok = result.is_ok();
         match result {
             Ok(value) => match u32::try_from(value.len()) {
@@ -104,7 +110,11 @@ impl Shared {
         let file = self.fs.open(ino, flags & !libc::O_TRUNC)?;
         if flags & libc::O_TRUNC != 0 {
             let kill_suidgid = request.uid() != ROOT_UID;
-            let set = SetAttr { size: Some(0), kill_suidgid, ..SetAttr::default() };
+            let set = SetAttr {
+                size: Some(0),
+                kill_suidgid,
+                ..SetAttr::default()
+            };
             if let Err(error) = self.fs.setattr(ino, &set, &cred(request, 0)) {
                 self.fs.release(&file);
                 return Err(error);
@@ -123,8 +133,13 @@ impl Shared {
         if mode & (libc::S_ISUID | libc::S_ISGID) == 0 {
             return Ok(());
         }
-        let set = SetAttr { kill_suidgid: true, ..SetAttr::default() };
-        self.fs.setattr(file.ino(), &set, &crate::Cred::default()).map(drop)
+        let set = SetAttr {
+            kill_suidgid: true,
+            ..SetAttr::default()
+        };
+        self.fs
+            .setattr(file.ino(), &set, &crate::Cred::default())
+            .map(drop)
     }
 }
 
@@ -158,7 +173,8 @@ impl Filesystem for FrontEnd {
 
     fn getattr(&self, _request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         let timer = self.shared.begin(Opcode::Getattr);
-        self.shared.end_attr(timer, self.shared.fs.getattr(ino.0), reply);
+        self.shared
+            .end_attr(timer, self.shared.fs.getattr(ino.0), reply);
     }
 
     fn setattr(
@@ -220,7 +236,9 @@ impl Filesystem for FrontEnd {
     ) {
         let (shared, timer) = (&self.shared, self.shared.begin(Opcode::Mknod));
         let cred = cred(request, shared.umask(umask));
-        let result = shared.fs.mknod(parent.0, name.as_bytes(), mode, rdev, &cred);
+        let result = shared
+            .fs
+            .mknod(parent.0, name.as_bytes(), mode, rdev, &cred);
         shared.end_entry(timer, result, reply);
     }
 
@@ -261,7 +279,9 @@ impl Filesystem for FrontEnd {
     ) {
         let (shared, timer) = (&self.shared, self.shared.begin(Opcode::Symlink));
         let target = target.as_os_str().as_bytes();
-        let result = shared.fs.symlink(parent.0, name.as_bytes(), target, &cred(request, 0));
+        let result = shared
+            .fs
+            .symlink(parent.0, name.as_bytes(), target, &cred(request, 0));
         shared.end_entry(timer, result, reply);
     }
 
@@ -319,7 +339,9 @@ impl Filesystem for FrontEnd {
     ) {
         let (shared, timer) = (&self.shared, self.shared.begin(Opcode::Create));
         let cred = cred(request, shared.umask(umask));
-        let result = shared.fs.create(parent.0, name.as_bytes(), mode, flags, &cred);
+        let result = shared
+            .fs
+            .create(parent.0, name.as_bytes(), mode, flags, &cred);
         let ok = result.is_ok();
         match result {
             Ok((attr, file)) => {
@@ -352,7 +374,9 @@ impl Filesystem for FrontEnd {
         };
         let direct = flags.0 & libc::O_DIRECT != 0;
         let done = move |result| data::answer_read(&shared, timer, result, reply);
-        self.shared.fs.read(&file, offset, size as usize, direct, Box::new(done));
+        self.shared
+            .fs
+            .read(&file, offset, size as usize, direct, Box::new(done));
     }
 
     fn write(
@@ -382,7 +406,9 @@ impl Filesystem for FrontEnd {
             from_kernel_cache: cached && shared.options.cache_mode == CacheMode::Kernel,
         };
         let done = move |result| data::answer_write(&shared, timer, result, reply);
-        self.shared.fs.write(&file, offset, data, direct, write_flags, Box::new(done));
+        self.shared
+            .fs
+            .write(&file, offset, data, direct, write_flags, Box::new(done));
     }
 
     fn flush(
@@ -424,7 +450,9 @@ impl Filesystem for FrontEnd {
     ) {
         let (shared, timer) = (Arc::clone(&self.shared), self.shared.begin(Opcode::Fsync));
         self.blocking.run(move || {
-            let result = shared.file(fh).and_then(|file| shared.fs.fsync(&file, datasync));
+            let result = shared
+                .file(fh)
+                .and_then(|file| shared.fs.fsync(&file, datasync));
             shared.end_empty(timer, result, reply);
         });
     }
@@ -437,7 +465,10 @@ impl Filesystem for FrontEnd {
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        let (shared, timer) = (Arc::clone(&self.shared), self.shared.begin(Opcode::Fsyncdir));
+        let (shared, timer) = (
+            Arc::clone(&self.shared),
+            self.shared.begin(Opcode::Fsyncdir),
+        );
         self.blocking.run(move || {
             shared.end_empty(timer, shared.fs.fsync_dir(ino.0), reply);
         });
@@ -480,7 +511,9 @@ impl Filesystem for FrontEnd {
     fn statfs(&self, _request: &Request, _ino: INodeNo, reply: ReplyStatfs) {
         let timer = self.shared.begin(Opcode::Statfs);
         let s = self.shared.fs.statfs();
-        reply.statfs(s.blocks, s.bfree, s.bavail, s.files, s.ffree, s.bsize, s.namelen, s.bsize);
+        reply.statfs(
+            s.blocks, s.bfree, s.bavail, s.files, s.ffree, s.bsize, s.namelen, s.bsize,
+        );
         self.shared.stats.end(timer, true);
     }
 
@@ -496,7 +529,10 @@ impl Filesystem for FrontEnd {
     ) {
         let timer = self.shared.begin(Opcode::Setxattr);
         // Without SETXATTR_EXT the kernel cannot ask for the set-group-id bit to be cleared.
-        let result = self.shared.fs.setxattr(ino.0, name.as_bytes(), value, flags, false);
+        let result = self
+            .shared
+            .fs
+            .setxattr(ino.0, name.as_bytes(), value, flags, false);
         self.shared.end_empty(timer, result, reply);
     }
 
@@ -515,7 +551,8 @@ impl Filesystem for FrontEnd {
 
     fn listxattr(&self, _request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         let timer = self.shared.begin(Opcode::Listxattr);
-        self.shared.end_xattr(timer, self.shared.fs.listxattr(ino.0), size, reply);
+        self.shared
+            .end_xattr(timer, self.shared.fs.listxattr(ino.0), size, reply);
     }
 
     fn removexattr(&self, _request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
@@ -534,7 +571,10 @@ impl Filesystem for FrontEnd {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        let (shared, timer) = (Arc::clone(&self.shared), self.shared.begin(Opcode::Fallocate));
+        let (shared, timer) = (
+            Arc::clone(&self.shared),
+            self.shared.begin(Opcode::Fallocate),
+        );
         let uid = request.uid();
         self.blocking.run(move || {
             let result = shared.file(fh).and_then(|file| {
@@ -580,14 +620,19 @@ impl Filesystem for FrontEnd {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        let (shared, timer) = (Arc::clone(&self.shared), self.shared.begin(Opcode::CopyFileRange));
+        let (shared, timer) = (
+            Arc::clone(&self.shared),
+            self.shared.begin(Opcode::CopyFileRange),
+        );
         let uid = request.uid();
         self.blocking.run(move || {
             let result = shared.file(fh_in).and_then(|from| {
                 let to = shared.file(fh_out)?;
                 shared.drop_privileges(uid, &to)?;
                 let len = len.min(COPY_BYTES_MAX);
-                let copied = shared.fs.copy_file_range(&from, offset_in, &to, offset_out, len)?;
+                let copied = shared
+                    .fs
+                    .copy_file_range(&from, offset_in, &to, offset_out, len)?;
                 u32::try_from(copied).map_err(|_| Errno::IO)
             });
             match result {
@@ -633,7 +678,14 @@ impl Filesystem for FrontEnd {
         reply.error(fuser::Errno::ENOSYS);
     }
 
-    fn bmap(&self, _request: &Request, _ino: INodeNo, _blocksize: u32, _idx: u64, reply: ReplyBmap) {
+    fn bmap(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _blocksize: u32,
+        _idx: u64,
+        reply: ReplyBmap,
+    ) {
         reply.error(fuser::Errno::ENOSYS);
     }
 }

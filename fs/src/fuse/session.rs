@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fuser::{Config, Session, SessionACL};
-use log::{debug, warn};
+use log::debug;
 use nix::errno::Errno;
 use serde_json::Value;
 
@@ -76,11 +76,21 @@ fn start(
         stats: FuseStats::new(),
         options,
     });
-    let front_end = FrontEnd { shared: Arc::clone(&shared), blocking: Blocking::default() };
+    let front_end = FrontEnd {
+        shared: Arc::clone(&shared),
+        blocking: Blocking::default(),
+    };
     let session =
         Session::from_fd(front_end, connection, acl, config).map_err(AttachError::Session)?;
     let mount_point = spec.mount_point.clone();
-    Ok(Mounted { session, handle: MountHandle { shared, mount_point, dev: entry.dev } })
+    Ok(Mounted {
+        session,
+        handle: MountHandle {
+            shared,
+            mount_point,
+            dev: entry.dev,
+        },
+    })
 }
 
 impl Mounted {
@@ -120,15 +130,7 @@ impl MountHandle {
 
     /// Takes the mount out of the tree, if it is still there.
     pub fn unmount(&self, how: Unmount) -> Result<(), Errno> {
-        attach::unmount_ours(&self.mount_point, self.dev, how)
-    }
-
-    /// Ends the connection, whoever uses the file system: all their requests fail from now on.
-    pub fn abort(&self) {
-        let path = format!("/sys/fs/fuse/connections/{}/abort", self.dev.1);
-        if let Err(error) = std::fs::write(&path, "1") {
-            warn!("cannot end the connection through {path}: {error}");
-        }
+        attach::unmount_if_ours(&self.mount_point, self.dev, how)
     }
 
     /// Statistics of the core and of the front end (section `fuse`).

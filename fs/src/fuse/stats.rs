@@ -80,7 +80,10 @@ pub(super) struct Timer {
 impl FuseStats {
     pub(super) fn new() -> Self {
         Self {
-            opcodes: OPCODE_NAMES.iter().map(|_| OpcodeStats::default()).collect(),
+            opcodes: OPCODE_NAMES
+                .iter()
+                .map(|_| OpcodeStats::default())
+                .collect(),
             read_bytes_zero_copy: AtomicU64::new(0),
             read_bytes_bounced: AtomicU64::new(0),
             write_bytes: AtomicU64::new(0),
@@ -90,7 +93,10 @@ impl FuseStats {
 
     pub(super) fn begin(&self, opcode: Opcode) -> Timer {
         self.in_flight.fetch_add(1, Relaxed);
-        Timer { opcode, start: Instant::now() }
+        Timer {
+            opcode,
+            start: Instant::now(),
+        }
     }
 
     pub(super) fn end(&self, timer: Timer, ok: bool) {
@@ -142,7 +148,11 @@ struct OpcodeView {
 
 impl OpcodeView {
     fn new(stats: &OpcodeStats, count: u64) -> Self {
-        let buckets: Vec<u64> = stats.buckets.iter().map(|bucket| bucket.load(Relaxed)).collect();
+        let buckets: Vec<u64> = stats
+            .buckets
+            .iter()
+            .map(|bucket| bucket.load(Relaxed))
+            .collect();
         let max_us = stats.nanos_max.load(Relaxed) / 1000;
         Self {
             count,

@@ -1,0 +1,357 @@
+//! The process that serves a mount, from opening the devices to the last flush.
+//!
+//! Order on the way out: the session ends (umount, or an aborted connection), the control socket
+//! disappears, the core is unmounted, the devices are let go, those who wait are told. Whatever
+//! ends the session, the core is unmounted.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use braidfs_blockdev::{OpenMode, Volume};
+use log::{error, info, warn};
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, Signal};
+
+use super::control::{self, ControlServer};
+use super::devices::{Member, find_members, open_all};
+use super::exit::{self, CliError};
+use super::logger;
+use super::options::ParsedOptions;
+use crate::fuse::{self, FuseOptions, MountHandle, MountSpec, Mounted, Unmount};
+use crate::{FileSystem, MountError};
+
+/// How long the new mount may take to answer its first request.
+const FIRST_ANSWER: Duration = Duration::from_secs(60);
+
+/// How long the devices may stay open after the core is unmounted (threads on their way out).
+const LET_GO: Duration = Duration::from_secs(5);
+
+/// What is to be served.
+pub struct Job {
+    /// Members as they were given.
+    pub devices: Vec<PathBuf>,
+    /// What the mount table shows.
+    pub source: String,
+    /// The directory, absolute and without symbolic links.
+    pub mount_point: PathBuf,
+    /// Checked options.
+    pub options: ParsedOptions,
+    /// Somebody waits on the standard output for the word that the mount is usable, and the
+    /// standard descriptors are to be left then.
+    pub background: bool,
+}
+
+/// The line on the standard output of a background daemon that says: the mount is usable.
+pub const READY: &str = "ready\n";
+
+/// Mounts and serves until unmounted.
+pub fn run(job: &Job) -> Result<(), CliError> {
+    // Before any thread starts, so that none of them takes the signals.
+    let signals = block_signals()?;
+    let directory = control::own_directory().map_err(exit::system)?;
+    let logfile = open_logfile(job)?;
+    let fs = mount_core(job)?;
+    match serve(job, &fs, &directory, signals, logfile) {
+        Ok(server) => finish(fs, Some(&server)),
+        Err(error) => {
+            if let Err(second) = finish(fs, None) {
+                error!("{}", second.message);
+            }
+            Err(error)
+        }
+    }
+}
+
+/// The logfile is opened early, so that an impossible one is told to the caller.
+fn open_logfile(job: &Job) -> Result<Option<File>, CliError> {
+    let Some(path) = &job.options.logfile else {
+        return Ok(None);
+    };
+    let file = File::options()
+        .create(true)
+        .append(true)
+        .open(path)
+        .map_err(|error| exit::failure(format!("option 'logfile': {}: {error}", path.display())))?;
+    Ok(Some(file))
+}
+
+/// Opens the members and mounts the core.
+fn mount_core(job: &Job) -> Result<Arc<FileSystem>, CliError> {
+    let members = find_members(&job.devices).map_err(exit::failure)?;
+    let paths: Vec<PathBuf> = members
+        .iter()
+        .map(|member: &Member| member.path.clone())
+        .collect();
+    let read_only = job.options.core.read_only;
+    let mode = OpenMode {
+        read_only,
+        direct: job.options.member_direct,
+        backend: job.options.backend,
+    };
+    let devices = open_all(&paths, mode).map_err(exit::failure)?;
+    let volume = Volume::assemble(devices, read_only)
+        .map_err(|error| exit::failure(MountError::from(error).to_string()))?;
+    FileSystem::mount(Arc::clone(&volume), job.options.core.clone()).map_err(|error| {
+        if let Err(second) = volume.close() {
+            error!("closing the devices: {second}");
+        }
+        exit::failure(error.to_string())
+    })
+}
+
+/// Mounts, tells that it is usable, answers until the end.
+fn serve(
+    job: &Job,
+    fs: &Arc<FileSystem>,
+    directory: &Path,
+    signals: SigSet,
+    logfile: Option<File>,
+) -> Result<ControlServer, CliError> {
+    let options = &job.options;
+    let as_root = nix::unistd::geteuid().is_root();
+    let spec = MountSpec {
+        source: options.fsname.clone().unwrap_or_else(|| job.source.clone()),
+        subtype: options.subtype.clone(),
+        mount_point: job.mount_point.clone(),
+        allow_other: options
+            .allow_other
+            .unwrap_or(as_root && !options.allow_root),
+        allow_root: options.allow_root,
+        flags: options.flags,
+    };
+    let fuse_options = FuseOptions {
+        cache_mode: options.cache_mode,
+        threads: options.threads,
+        timeout: options.timeout,
+    };
+    let mounted = fuse::mount(Arc::clone(fs), &spec, fuse_options).map_err(|error| {
+        exit::failure(format!(
+            "cannot mount on {}: {error}",
+            job.mount_point.display()
+        ))
+    })?;
+    let handle = mounted.handle();
+    let server = match ControlServer::start(directory, handle.clone()) {
+        Ok(server) => server,
+        Err(error) => {
+            take_out(&handle);
+            let message = format!("control socket in {}: {error}", directory.display());
+            return Err(exit::system(message));
+        }
+    };
+    let started = start_threads(mounted, &handle, signals, job.background)
+        .and_then(|session| {
+            first_answer(&job.mount_point)?;
+            Ok(session)
+        })
+        .and_then(|session| {
+            if job.background {
+                leave_caller(logfile)?
+            }
+            Ok(session)
+        });
+    let session = match started {
+        Ok(session) => session,
+        Err(error) => {
+            take_out(&handle);
+            server.session_ended();
+            return Err(exit::system(format!(
+                "{}: {error}",
+                job.mount_point.display()
+            )));
+        }
+    };
+    info!("{} is mounted", job.mount_point.display());
+    drop(handle);
+    match session.recv() {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => error!("the FUSE session ended: {error}"),
+        Err(_) => error!("the FUSE session ended unexpectedly"),
+    }
+    server.session_ended();
+    Ok(server)
+}
+
+fn take_out(handle: &MountHandle) {
+    if let Err(error) = handle.unmount(Unmount::Lazy) {
+        warn!(
+            "{}: cannot unmount: {error}",
+            handle.mount_point().display()
+        );
+    }
+}
+
+type SessionEnd = mpsc::Receiver<io::Result<()>>;
+
+fn start_threads(
+    mounted: Mounted,
+    handle: &MountHandle,
+    signals: SigSet,
+    background: bool,
+) -> io::Result<SessionEnd> {
+    let (ended, end) = mpsc::channel();
+    thread::Builder::new()
+        .name("braidfs-session".into())
+        .spawn(move || {
+            let result = mounted.serve();
+            // The receiver is gone only when the start failed elsewhere, which reports itself.
+            let _start_failed = ended.send(result);
+        })?;
+    let file_system = Arc::downgrade(handle.file_system());
+    let (mount_point, dev) = (handle.mount_point().to_owned(), handle.dev());
+    thread::Builder::new()
+        .name("braidfs-signals".into())
+        .spawn(move || {
+            let target = SignalTarget {
+                file_system,
+                mount_point,
+                dev,
+                background,
+            };
+            target.serve(&signals);
+        })?;
+    Ok(end)
+}
+
+/// The mount is usable when it answers; asked from another thread, so that the wait has an end.
+fn first_answer(mount_point: &Path) -> io::Result<()> {
+    let (answered, answer) = mpsc::channel();
+    let path = mount_point.to_owned();
+    thread::Builder::new()
+        .name("braidfs-probe".into())
+        .spawn(move || {
+            let result = nix::sys::statvfs::statvfs(&path).map(drop);
+            let _nobody_waits_any_more = answered.send(result);
+        })?;
+    match answer.recv_timeout(FIRST_ANSWER) {
+        Ok(result) => Ok(result?),
+        Err(_) => Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the mount does not answer",
+        )),
+    }
+}
+
+/// Says that the mount is usable and lets go of the caller's standard descriptors. The numbers 0 to
+/// 2 stay in use, so that nothing else ever gets them.
+fn leave_caller(logfile: Option<File>) -> io::Result<()> {
+    let mut out = io::stdout();
+    // If nobody listens any more, the caller has given up, and so do we.
+    out.write_all(READY.as_bytes())?;
+    out.flush()?;
+    logger::leave_stderr(logfile);
+    std::env::set_current_dir("/")?;
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    nix::unistd::dup2_stdin(&null)?;
+    nix::unistd::dup2_stdout(&null)?;
+    nix::unistd::dup2_stderr(&null)?;
+    Ok(())
+}
+
+/// Unmounts the core, lets go of the devices, tells those who wait.
+fn finish(fs: Arc<FileSystem>, server: Option<&ControlServer>) -> Result<(), CliError> {
+    let outcome = fs.unmount().map_err(|error| {
+        format!(
+            "not all data could be written back: {error}; \
+             'braidfs fsck -n' tells what the devices hold"
+        )
+    });
+    let volume = Arc::downgrade(fs.volume());
+    drop(fs);
+    let until = Instant::now() + LET_GO;
+    while volume.strong_count() > 0 && Instant::now() < until {
+        thread::sleep(Duration::from_millis(1));
+    }
+    if let Err(message) = &outcome {
+        error!("{message}");
+    }
+    if let Some(server) = server {
+        server.finish(outcome.clone());
+    }
+    outcome.map_err(exit::failure)
+}
+
+fn block_signals() -> Result<SigSet, CliError> {
+    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]
+        .into_iter()
+        .collect();
+    signals
+        .thread_block()
+        .map_err(|error| exit::system(format!("signals: {error}")))?;
+    Ok(signals)
+}
+
+/// What the signal thread may touch. It keeps nothing alive.
+struct SignalTarget {
+    file_system: std::sync::Weak<FileSystem>,
+    mount_point: PathBuf,
+    dev: (u32, u32),
+    background: bool,
+}
+
+impl SignalTarget {
+    /// The first request to end unmounts, lazily if the mount is in use; a second one ends the
+    /// connection, whoever uses it.
+    fn serve(&self, signals: &SigSet) {
+        let mut asked = false;
+        loop {
+            match signals.wait() {
+                Ok(Signal::SIGHUP) if self.background => continue,
+                Ok(_) => {}
+                Err(error) => {
+                    warn!("waiting for signals: {error}");
+                    return;
+                }
+            }
+            if asked {
+                self.end_now();
+            } else {
+                asked = true;
+                self.end_soon();
+            }
+        }
+    }
+
+    fn end_soon(&self) {
+        let place = self.mount_point.display();
+        match fuse::unmount_if_ours(&self.mount_point, self.dev, Unmount::Normal) {
+            Ok(()) => return,
+            Err(Errno::EBUSY) => warn!(
+                "{place} is in use: taken out of the tree; the daemon ends when the last user is \
+                 gone, or at once with a second signal"
+            ),
+            Err(error) => warn!("{place}: cannot unmount: {error}"),
+        }
+        if let Err(error) = fuse::unmount_if_ours(&self.mount_point, self.dev, Unmount::Lazy) {
+            warn!("{place}: cannot unmount: {error}");
+        }
+        // Whatever the users do next, what they did until now is to be safe.
+        if let Some(fs) = self.file_system.upgrade()
+            && let Err(error) = fs.sync()
+        {
+            error!("writing back: {error}");
+        }
+    }
+
+    fn end_now(&self) {
+        if fuse::abort_connection(self.dev).is_ok() {
+            return;
+        }
+        // Without the right to abort: when this process ends, so does its connection.
+        let Some(fs) = self.file_system.upgrade() else {
+            return;
+        };
+        let code = match fs.unmount() {
+            Ok(()) => exit::FAILURE,
+            Err(error) => {
+                error!("not all data could be written back: {error}");
+                exit::SYSTEM
+            }
+        };
+        std::process::exit(i32::from(code));
+    }
+}

@@ -1,0 +1,295 @@
+//! Member devices: lists on the command line, finding the others, opening them.
+
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use crate::fuse::mounts::{MountEntry, mounts};
+use braidfs_blockdev::{BlockDevice, LabelInfo, OpenError, OpenMode, open_device, read_label};
+
+/// Most entries of a directory that are looked at for other members.
+const SCAN_MAX: usize = 16_384;
+
+/// A device may be held a moment longer by somebody who just looked at it, or just let go of it.
+const IN_USE_TRIES: usize = 10;
+const IN_USE_PAUSE: Duration = Duration::from_millis(100);
+
+/// Splits words into device paths: `dev0:dev1` in one word (fstab has one word) or several words.
+/// A word that exists as it stands is one path, whatever it contains.
+pub fn device_list(words: &[OsString]) -> Result<Vec<PathBuf>, String> {
+    let mut paths = Vec::new();
+    for word in words {
+        if !word.as_bytes().contains(&b':') || Path::new(word).exists() {
+            paths.push(PathBuf::from(word));
+            continue;
+        }
+        for part in word.as_bytes().split(|&byte| byte == b':') {
+            paths.push(PathBuf::from(OsString::from_vec(part.to_vec())));
+        }
+    }
+    if paths.is_empty() || paths.iter().any(|path| path.as_os_str().is_empty()) {
+        let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
+        return Err(format!("'{}': a device name is empty", words.join(" ")));
+    }
+    Ok(paths)
+}
+
+/// What the mount table shows for these words: one word as it was given, several joined by colons.
+pub fn source_name(words: &[OsString]) -> String {
+    /// The kernel takes up to a page for the source; mount tables are read by people.
+    const SOURCE_BYTES_MAX: usize = 1024;
+    if let [word] = words {
+        return word.to_string_lossy().into_owned();
+    }
+    let absolute = |word: &OsString| {
+        let path = std::path::absolute(word).unwrap_or_else(|_| PathBuf::from(word));
+        path.to_string_lossy().into_owned()
+    };
+    let joined = words.iter().map(absolute).collect::<Vec<_>>().join(":");
+    if joined.len() <= SOURCE_BYTES_MAX {
+        return joined;
+    }
+    words.first().map(absolute).unwrap_or_default()
+}
+
+/// A member with its label.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// Path by which it will be opened.
+    pub path: PathBuf,
+    /// Its label.
+    pub label: LabelInfo,
+}
+
+/// Reads the labels of the devices given and finds the other members beside them, if there are
+/// more. Members that are missing are left to the volume to complain about. Nothing is locked.
+pub fn find_members(given: &[PathBuf]) -> Result<Vec<Member>, String> {
+    let mut members = Vec::new();
+    for path in given {
+        let path = canonical(path)?;
+        if members.iter().any(|member: &Member| member.path == path) {
+            return Err(format!("{}: given twice", path.display()));
+        }
+        let label = read_label(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        members.push(Member { path, label });
+    }
+    let Some(first) = members.first() else {
+        return Err("no device given".to_owned());
+    };
+    let (uuid, count) = (
+        first.label.fs_uuid.clone(),
+        usize::from(first.label.device_count),
+    );
+    if members.len() < count && members.iter().all(|member| member.label.fs_uuid == uuid) {
+        add_siblings(&mut members, &uuid)?;
+    }
+    members.sort_by_key(|member| member.label.device_index);
+    Ok(members)
+}
+
+/// Adds members with this UUID that lie in the directories of those we have.
+fn add_siblings(members: &mut Vec<Member>, uuid: &str) -> Result<(), String> {
+    let mut directories: Vec<PathBuf> = members
+        .iter()
+        .filter_map(|member| Some(member.path.parent()?.to_owned()))
+        .collect();
+    directories.sort();
+    directories.dedup();
+    let mut found: BTreeMap<u16, Member> = BTreeMap::new();
+    for path in directories
+        .iter()
+        .flat_map(|directory| candidates(directory))
+    {
+        if members.iter().any(|member| member.path == path) {
+            continue;
+        }
+        let Ok(label) = read_label(&path) else {
+            continue;
+        };
+        let known = members
+            .iter()
+            .any(|m| m.label.device_index == label.device_index);
+        if label.fs_uuid != uuid || known {
+            continue;
+        }
+        if let Some(other) = found.get(&label.device_index) {
+            return Err(format!(
+                "{} and {} both say that they are member {} of this file system; \
+                 name all members on the command line",
+                other.path.display(),
+                path.display(),
+                label.device_index
+            ));
+        }
+        found.insert(label.device_index, Member { path, label });
+    }
+    members.extend(found.into_values());
+    Ok(())
+}
+
+/// Regular files and block devices of a directory, by their real path.
+fn candidates(directory: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = fs::read_dir(directory) else {
+        return Vec::new();
+    };
+    let mut paths: Vec<PathBuf> = entries
+        .take(SCAN_MAX)
+        .flatten()
+        .filter(|entry| {
+            entry
+                .file_type()
+                .is_ok_and(|kind| kind.is_file() || kind.is_block_device())
+        })
+        .filter_map(|entry| fs::canonicalize(entry.path()).ok())
+        .collect();
+    paths.sort();
+    paths.dedup();
+    paths
+}
+
+/// The real path of a device, or why there is none.
+pub fn canonical(path: &Path) -> Result<PathBuf, String> {
+    fs::canonicalize(path).map_err(|error| format!("{}: {}", path.display(), io_text(&error)))
+}
+
+/// An operating system error without Rust's "(os error N)".
+pub fn io_text(error: &std::io::Error) -> String {
+    match error.raw_os_error() {
+        Some(code) => nix::errno::Errno::from_raw(code).desc().to_owned(),
+        None => error.to_string(),
+    }
+}
+
+/// Opens and locks devices; what an error says includes the device and what to do.
+pub fn open_all(paths: &[PathBuf], mode: OpenMode) -> Result<Vec<Arc<dyn BlockDevice>>, String> {
+    paths.iter().map(|path| open_one(path, mode)).collect()
+}
+
+fn open_one(path: &Path, mode: OpenMode) -> Result<Arc<dyn BlockDevice>, String> {
+    let mut tries = 1;
+    let error = loop {
+        match open_device(path, mode) {
+            Ok(device) => return Ok(device),
+            Err(OpenError::InUse) if tries < IN_USE_TRIES => tries += 1,
+            Err(error) => break error,
+        }
+        thread::sleep(IN_USE_PAUSE);
+    };
+    let hint = match error {
+        OpenError::InUse => in_use_by(path).map_or_else(
+            || ": mounted or opened by another process".to_owned(),
+            |by| format!(": {by}"),
+        ),
+        OpenError::Os(libc::EROFS) if !mode.read_only => "; it can only be read".to_owned(),
+        OpenError::Os(libc::EACCES | libc::EPERM) => "; check its permissions".to_owned(),
+        _ => String::new(),
+    };
+    Err(format!("{} {error}{hint}", path.display()))
+}
+
+/// Who else uses a device, as far as the kernel's tables tell: a mount, swap, or a loop device on an
+/// image file.
+pub fn in_use_by(path: &Path) -> Option<String> {
+    let meta = fs::metadata(path).ok()?;
+    let mounted = mounts().unwrap_or_default();
+    if meta.file_type().is_block_device() {
+        use std::os::unix::fs::MetadataExt;
+        let rdev = meta.rdev();
+        let dev = (libc::major(rdev), libc::minor(rdev));
+        let uses = |entry: &&MountEntry| entry.dev == dev || entry.source == path.as_os_str();
+        if let Some(entry) = mounted.iter().find(uses) {
+            let (place, fs_type) = (entry.mount_point.display(), &entry.fs_type);
+            return Some(format!("it is mounted on {place} ({fs_type})"));
+        }
+    }
+    if let Some(entry) = mounted
+        .iter()
+        .find(|entry| entry.is_fuse() && entry.names_device(path))
+    {
+        return Some(format!("it is mounted on {}", entry.mount_point.display()));
+    }
+    let swaps = fs::read("/proc/swaps").unwrap_or_default();
+    let name = path.as_os_str().as_bytes();
+    if swaps.split(|&byte| byte == b'\n').any(|line| {
+        line.strip_prefix(name)
+            .is_some_and(|rest| matches!(rest.first(), Some(b' ' | b'\t')))
+    }) {
+        return Some("it is used as swap space".to_owned());
+    }
+    loop_device_of(path).map(|device| format!("loop device {device} uses it"))
+}
+
+/// The loop device whose backing file this is.
+fn loop_device_of(path: &Path) -> Option<String> {
+    for entry in fs::read_dir("/sys/block").ok()?.flatten() {
+        if !entry.file_name().as_bytes().starts_with(b"loop") {
+            continue;
+        }
+        let Ok(backing) = fs::read(entry.path().join("loop/backing_file")) else {
+            continue;
+        };
+        if backing.strip_suffix(b"\n").unwrap_or(&backing) == path.as_os_str().as_bytes() {
+            return Some(format!("/dev/{}", entry.file_name().to_string_lossy()));
+        }
+    }
+    None
+}
+
+/// How a volume shows devices that were given as words.
+pub fn display_list<P: AsRef<OsStr>>(paths: &[P]) -> String {
+    paths
+        .iter()
+        .map(|path| path.as_ref().to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn list(words: &[&str]) -> Result<Vec<PathBuf>, String> {
+        device_list(&words.iter().map(OsString::from).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn lists_in_one_word_and_in_several() {
+        let both = vec![PathBuf::from("/d/0"), PathBuf::from("/d/1")];
+        assert_eq!(list(&["/d/0:/d/1"]), Ok(both.clone()));
+        assert_eq!(list(&["/d/0", "/d/1"]), Ok(both));
+        assert_eq!(list(&["/d/0:/d/1", "/d/2"]).unwrap().len(), 3);
+    }
+
+    #[test]
+    fn empty_names_are_refused() {
+        for words in [&["/d/0:"][..], &[":"], &["a::b"], &[""], &[]] {
+            assert!(list(words).is_err(), "{words:?}");
+        }
+    }
+
+    #[test]
+    fn a_path_with_a_colon_that_exists_is_one_path() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pci-0000:00:1f");
+        fs::write(&path, b"").unwrap();
+        assert_eq!(
+            device_list(&[path.clone().into_os_string()]),
+            Ok(vec![path])
+        );
+    }
+
+    #[test]
+    fn sources_stay_as_given_or_are_joined() {
+        let words = |words: &[&str]| words.iter().map(OsString::from).collect::<Vec<_>>();
+        assert_eq!(source_name(&words(&["a:b"])), "a:b");
+        assert_eq!(source_name(&words(&["/a", "/b"])), "/a:/b");
+        let long = "/".to_owned() + &"x".repeat(600);
+        assert_eq!(source_name(&words(&[&long, &long])), long);
+    }
+}

@@ -1,0 +1,155 @@
+//! Where log lines go: the standard error in the foreground, a file or syslog in the background.
+//!
+//! `BRAIDFS_LOG` sets the level (error, warn, info, debug, trace); warnings and errors are the
+//! default. Lines are limited in number, so that a failing device cannot fill a disk with them.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::net::UnixDatagram;
+use std::time::{Duration, Instant};
+
+use log::{Level, LevelFilter, Log, Metadata, Record};
+use parking_lot::Mutex;
+
+/// Most lines in a window; further ones are counted and the count is logged.
+const LINES_MAX: u32 = 200;
+const WINDOW: Duration = Duration::from_secs(10);
+
+/// Where syslog and the journal listen.
+const SYSLOG_SOCKET: &str = "/dev/log";
+
+/// Facility "daemon" of syslog.
+const FACILITY: u8 = 3 << 3;
+
+enum Target {
+    Stderr,
+    File(File),
+    Syslog(UnixDatagram),
+    Nowhere,
+}
+
+struct State {
+    target: Target,
+    window: Option<Instant>,
+    lines: u32,
+}
+
+struct Logger {
+    state: Mutex<State>,
+}
+
+static LOGGER: Logger = Logger {
+    state: Mutex::new(State {
+        target: Target::Stderr,
+        window: None,
+        lines: 0,
+    }),
+};
+
+/// Starts logging to the standard error.
+pub fn start() {
+    let level = std::env::var("BRAIDFS_LOG")
+        .ok()
+        .and_then(|level| level.parse().ok());
+    if log::set_logger(&LOGGER).is_ok() {
+        log::set_max_level(level.unwrap_or(LevelFilter::Warn));
+    }
+}
+
+/// Continues in a file, or with syslog where there is one.
+pub fn leave_stderr(file: Option<File>) {
+    let syslog = || {
+        let socket = UnixDatagram::unbound().ok()?;
+        socket.connect(SYSLOG_SOCKET).ok()?;
+        // A syslog that does not read must not stop a file system.
+        socket.set_nonblocking(true).ok()?;
+        Some(Target::Syslog(socket))
+    };
+    LOGGER.state.lock().target = match file {
+        Some(file) => Target::File(file),
+        None => syslog().unwrap_or(Target::Nowhere),
+    };
+}
+
+impl Log for Logger {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.level() <= log::max_level()
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let mut state = self.state.lock();
+        if let Some(left_out) = state.admit(Instant::now()) {
+            if left_out > 0 {
+                state.write(Level::Warn, &format!("{left_out} more messages left out"));
+            }
+            state.write(record.level(), &record.args().to_string());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+impl State {
+    /// Whether one more line may be written now, and how many were left out before it.
+    fn admit(&mut self, now: Instant) -> Option<u32> {
+        let mut left_out = 0;
+        if self
+            .window
+            .is_none_or(|start| now.duration_since(start) >= WINDOW)
+        {
+            left_out = self.lines.saturating_sub(LINES_MAX);
+            self.window = Some(now);
+            self.lines = 0;
+        }
+        self.lines = self.lines.saturating_add(1);
+        (self.lines <= LINES_MAX).then_some(left_out)
+    }
+
+    /// A line that cannot be written is lost: there is nobody left to tell.
+    fn write(&mut self, level: Level, text: &str) {
+        let (word, severity) = match level {
+            Level::Error => ("error: ", 3),
+            Level::Warn => ("warning: ", 4),
+            Level::Info => ("", 6),
+            Level::Debug | Level::Trace => ("", 7),
+        };
+        let line = format!("braidfs: {word}{text}\n");
+        let written = match &mut self.target {
+            Target::Stderr => std::io::stderr().write_all(line.as_bytes()),
+            Target::File(file) => file.write_all(line.as_bytes()),
+            Target::Syslog(socket) => {
+                let pid = std::process::id();
+                let line = format!("<{}>braidfs[{pid}]: {word}{text}", FACILITY + severity);
+                socket.send(line.as_bytes()).map(drop)
+            }
+            Target::Nowhere => Ok(()),
+        };
+        drop(written);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flood_is_cut_and_counted() {
+        let mut state = State {
+            target: Target::Nowhere,
+            window: None,
+            lines: 0,
+        };
+        let start = Instant::now();
+        for _ in 0..LINES_MAX {
+            assert_eq!(state.admit(start), Some(0));
+        }
+        for _ in 0..50 {
+            assert_eq!(state.admit(start), None);
+        }
+        assert_eq!(state.admit(start + WINDOW), Some(50));
+        assert_eq!(state.admit(start + WINDOW), Some(0));
+    }
+}

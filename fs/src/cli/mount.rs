@@ -1,0 +1,194 @@
+//! `braidfs mount`, and the mount helper's form of it.
+
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::{env, fs};
+
+use super::daemon::{self, Job};
+use super::devices::{device_list, find_members, io_text, source_name};
+use super::exit::{self, CliError};
+use super::options::ParsedOptions;
+
+/// Mount a file system; returns when it can be used.
+#[derive(clap::Args, Debug)]
+pub struct MountArgs {
+    /// Options, separated by commas: ro, noatime, relatime, strictatime, sync, commit=SECONDS,
+    /// cache_size=SIZE, direct_io, writeback_cache, allow_other, allow_root, discard, nodirect,
+    /// backend=auto|uring|threads, threads=N, timeout=SECONDS, logfile=FILE, fsname=NAME,
+    /// subtype=NAME, and the general ones of mount(8)
+    #[arg(short = 'o', value_name = "OPT,...")]
+    pub options: Vec<String>,
+
+    /// Stay in the foreground; log to the standard error
+    #[arg(short, long)]
+    pub foreground: bool,
+
+    /// Member devices or image files (one is enough where the others lie beside it; DEV:DEV works
+    /// too), then the directory
+    #[arg(required = true, num_args = 2.., value_names = ["DEV", "MOUNTPOINT"])]
+    pub words: Vec<OsString>,
+
+    /// Pass over unknown options
+    #[arg(long, hide = true)]
+    pub sloppy: bool,
+
+    /// Set by the parent of a background daemon
+    #[arg(long, hide = true)]
+    pub daemon_child: bool,
+}
+
+/// The form in which mount(8) calls mount.braidfs and mount.fuse.braidfs.
+#[derive(clap::Parser, Debug)]
+#[command(
+    name = "mount.braidfs",
+    version,
+    about = "Mount helper of mount(8) for braidfs"
+)]
+pub struct HelperArgs {
+    /// Member devices, separated by colons
+    #[arg(value_name = "DEV")]
+    pub device: OsString,
+    /// The directory
+    #[arg(value_name = "MOUNTPOINT")]
+    pub mount_point: OsString,
+    /// Options
+    #[arg(short = 'o', value_name = "OPT,...")]
+    pub options: Vec<String>,
+    /// Check everything, but do not mount
+    #[arg(short = 'f')]
+    pub fake: bool,
+    /// Pass over unknown options
+    #[arg(short = 's')]
+    pub sloppy: bool,
+    /// Do not write /etc/mtab (nobody does)
+    #[arg(short = 'n')]
+    pub no_mtab: bool,
+    /// Say more
+    #[arg(short = 'v')]
+    pub verbose: bool,
+    /// Type
+    #[arg(short = 't', value_name = "TYPE")]
+    pub fs_type: Option<String>,
+}
+
+/// `braidfs mount`.
+pub fn run(args: &MountArgs) -> Result<(), CliError> {
+    let job = job(args)?;
+    if args.foreground || args.daemon_child {
+        if args.daemon_child {
+            nix::unistd::setsid().map_err(|error| exit::system(format!("setsid: {error}")))?;
+        }
+        return daemon::run(&job);
+    }
+    start_in_background(args)
+}
+
+/// `mount.braidfs`.
+pub fn run_helper(args: HelperArgs) -> Result<(), CliError> {
+    if args.verbose {
+        log::set_max_level(log::LevelFilter::Info);
+    }
+    let mount_args = MountArgs {
+        options: args.options,
+        foreground: false,
+        words: vec![args.device, args.mount_point],
+        sloppy: args.sloppy,
+        daemon_child: false,
+    };
+    if args.fake {
+        let job = job(&mount_args)?;
+        return find_members(&job.devices).map(drop).map_err(exit::failure);
+    }
+    run(&mount_args)
+}
+
+/// Checks everything that can be checked without touching a device.
+fn job(args: &MountArgs) -> Result<Job, CliError> {
+    let Some((mount_point, words)) = args.words.split_last() else {
+        return Err(exit::usage("mount: a device and a mount point are needed"));
+    };
+    let options = ParsedOptions::parse(&args.options, args.sloppy).map_err(exit::usage)?;
+    let devices = device_list(words).map_err(exit::usage)?;
+    let mount_point = check_mount_point(Path::new(mount_point))?;
+    let background = args.daemon_child;
+    Ok(Job {
+        devices,
+        source: source_name(words),
+        mount_point,
+        options,
+        background,
+    })
+}
+
+/// A mount point is a directory that can be entered.
+fn check_mount_point(path: &Path) -> Result<PathBuf, CliError> {
+    let refuse = |why: &str| {
+        Err(exit::failure(format!(
+            "mount point {}: {why}; nothing was mounted",
+            path.display()
+        )))
+    };
+    let meta = match fs::metadata(path) {
+        Ok(meta) => meta,
+        Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => {
+            return refuse(
+                "a FUSE file system whose daemon is gone is still mounted there; 'umount' it first",
+            );
+        }
+        Err(error) => return refuse(&io_text(&error)),
+    };
+    if !meta.is_dir() {
+        return refuse("is not a directory");
+    }
+    match fs::canonicalize(path).and_then(|path| fs::read_dir(&path).map(|_| path)) {
+        Ok(path) => Ok(path),
+        Err(error) => refuse(&io_text(&error)),
+    }
+}
+
+/// Starts this program again as the daemon, and returns when that says that the mount is usable. Its
+/// errors go straight to our standard error.
+fn start_in_background(args: &MountArgs) -> Result<(), CliError> {
+    let program = env::current_exe()
+        .ok()
+        .filter(|path| path.exists())
+        .unwrap_or_else(|| PathBuf::from("/proc/self/exe"));
+    let mut command = Command::new(program);
+    command.arg0("braidfs").args(["mount", "--daemon-child"]);
+    if args.sloppy {
+        command.arg("--sloppy");
+    }
+    for options in &args.options {
+        command.arg("-o").arg(options);
+    }
+    let mut child = command
+        .arg("--")
+        .args(&args.words)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|error| exit::system(format!("cannot start the daemon: {error}")))?;
+    let mut line = String::new();
+    if let Some(out) = child.stdout.take()
+        && let Err(error) = BufReader::new(out).read_line(&mut line)
+    {
+        line.clear();
+        log::warn!("waiting for the daemon: {error}");
+    }
+    if line == daemon::READY {
+        return Ok(());
+    }
+    let status = child
+        .wait()
+        .map_err(|error| exit::system(format!("waiting for the daemon: {error}")))?;
+    match status.code().map(u8::try_from) {
+        // It has said why.
+        Some(Ok(code)) if code != 0 => Err(CliError::new(code, "")),
+        _ => Err(exit::failure(format!(
+            "the daemon ended before the mount was usable ({status})"
+        ))),
+    }
+}

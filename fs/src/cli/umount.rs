@@ -1,0 +1,109 @@
+//! `braidfs umount`: returns when the data is safe on the devices.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+
+use super::control::{self, Waiting};
+use super::devices::io_text;
+use super::exit::{self, CliError};
+use crate::fuse::mounts::{MountEntry, mount_at, mounts, resolve_mount_point};
+use crate::fuse::{Unmount, unmount};
+
+/// Unmount; returns when all data is safe on the devices.
+#[derive(clap::Args, Debug)]
+pub struct UmountArgs {
+    /// Where it is mounted, or what
+    #[arg(value_name = "MOUNTPOINT")]
+    pub place: OsString,
+
+    /// Take it out of the tree now, end when the last user is gone; does not wait
+    #[arg(short = 'l', long)]
+    pub lazy: bool,
+
+    /// Let requests under way fail
+    #[arg(short = 'f', long)]
+    pub force: bool,
+
+    #[arg(short = 'n', hide = true)]
+    no_mtab: bool,
+    #[arg(short = 'r', hide = true)]
+    read_only: bool,
+    #[arg(short = 'v', hide = true)]
+    verbose: bool,
+    #[arg(short = 't', hide = true)]
+    fs_type: Option<String>,
+    #[arg(short = 'N', hide = true)]
+    namespace: Option<String>,
+}
+
+/// `braidfs umount`.
+pub fn run(args: &UmountArgs) -> Result<(), CliError> {
+    let entry = find(Path::new(&args.place))?;
+    let place = entry.mount_point.display().to_string();
+    let how = match (args.force, args.lazy) {
+        (true, _) => Unmount::Force,
+        (_, true) => Unmount::Lazy,
+        _ => Unmount::Normal,
+    };
+    // The daemon must know that we wait before the mount is gone.
+    let waiting = control::connect(&entry)
+        .map(Waiting::begin)
+        .transpose()
+        .unwrap_or_default();
+    unmount(&entry.mount_point, how).map_err(|error| refused(&place, error, how))?;
+    if args.lazy && !args.force {
+        return Ok(());
+    }
+    match waiting {
+        Some(waiting) => waiting
+            .end()
+            .map_err(|error| exit::failure(format!("{place} is unmounted, but {error}"))),
+        None => Err(exit::failure(format!(
+            "{place} is unmounted, but its daemon could not be asked whether all data is safe; \
+             what was not fsynced may be lost if it has ended"
+        ))),
+    }
+}
+
+fn refused(place: &str, error: Errno, how: Unmount) -> CliError {
+    match error {
+        Errno::EBUSY => exit::failure(format!(
+            "{place} is in use: something has open files or its working directory there \
+             (fuser -vm {place} shows what); nothing was unmounted"
+        )),
+        Errno::EPERM => exit::failure(format!(
+            "{place}: not permitted; only root and who mounted it may unmount it"
+        )),
+        error => exit::failure(format!(
+            "{place}: cannot unmount ({how:?}): {}",
+            error.desc()
+        )),
+    }
+}
+
+/// The braidfs mount at a directory, or of a source.
+pub fn find(place: &Path) -> Result<MountEntry, CliError> {
+    let table = |error: std::io::Error| exit::system(format!("mount table: {}", io_text(&error)));
+    let path = match resolve_mount_point(place) {
+        Ok(path) => path,
+        Err(_) => PathBuf::from(place),
+    };
+    let entry = match mount_at(&path).map_err(table)? {
+        Some(entry) => entry,
+        None => mounts()
+            .map_err(table)?
+            .into_iter()
+            .rfind(|entry| entry.is_fuse() && Path::new(&entry.source) == place)
+            .ok_or_else(|| exit::failure(format!("{}: not mounted", place.display())))?,
+    };
+    if !entry.is_fuse() {
+        return Err(exit::failure(format!(
+            "{}: is not a braidfs mount but {}",
+            place.display(),
+            entry.fs_type
+        )));
+    }
+    Ok(entry)
+}
