@@ -2,6 +2,8 @@
 
 mod bytes;
 mod file;
+mod gate;
+mod mailbox;
 pub mod open;
 mod pool;
 pub mod sim;

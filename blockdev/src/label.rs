@@ -36,9 +36,8 @@ pub const STRIPE_UNIT_MAX: u32 = 16 << 20;
 /// Offset of the checksum in label and table alike: right after the magic.
 pub(crate) const CRC_AT: usize = 8;
 
-/// Features that a reader, or only a writer, must know. None is defined yet.
+/// Features that a reader must know. None is defined yet; nor is one that only a writer must.
 const INCOMPAT_KNOWN: u64 = 0;
-const RO_COMPAT_KNOWN: u64 = 0;
 
 /// The slot of a generation.
 pub(crate) fn slot_of(generation: u64) -> usize {
@@ -234,14 +233,6 @@ impl Label {
             table_crc,
             text: text.to_owned(),
         })
-    }
-
-    /// Whether the label allows writing by this program.
-    pub(crate) fn allows_writing(&self) -> Result<(), LabelError> {
-        match self.ro_compat & !RO_COMPAT_KNOWN {
-            0 => Ok(()),
-            unknown => Err(LabelError::Features(unknown)),
-        }
     }
 
     pub(crate) fn info(&self) -> LabelInfo {

@@ -103,10 +103,6 @@ impl DeviceQueue {
         self.fallback.get_or_init(|| fallback);
     }
 
-    pub(crate) fn device(&self) -> &Arc<dyn BlockDevice> {
-        &self.device
-    }
-
     /// Takes requests over, merging them with what waits; `kick` dispatches.
     pub(crate) fn enqueue(&self, requests: impl Iterator<Item = Parts>) {
         let mut inner = self.inner.lock();

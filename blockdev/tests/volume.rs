@@ -15,7 +15,9 @@ fn sims(sizes: &[u64]) -> Vec<Arc<SimDevice>> {
 }
 
 fn as_devices(sims: &[Arc<SimDevice>]) -> Vec<Arc<dyn BlockDevice>> {
-    sims.iter().map(|sim| sim.clone() as Arc<dyn BlockDevice>).collect()
+    sims.iter()
+        .map(|sim| sim.clone() as Arc<dyn BlockDevice>)
+        .collect()
 }
 
 fn pattern(len: usize, salt: u64) -> AlignedBuf {
@@ -27,7 +29,10 @@ fn pattern(len: usize, salt: u64) -> AlignedBuf {
 }
 
 fn options(stripe_unit_bytes: u32) -> FormatOptions {
-    FormatOptions { stripe_unit_bytes, ..FormatOptions::default() }
+    FormatOptions {
+        stripe_unit_bytes,
+        ..FormatOptions::default()
+    }
 }
 
 #[test]
@@ -40,17 +45,26 @@ fn written_bytes_come_back_and_survive_reassembly() {
     let want = data.to_vec();
     let at = chunk.start.plus(5);
     volume.write_wait(at, data).unwrap();
-    let back = volume.read_wait(at, AlignedBuf::zeroed(3 << 20), None).unwrap();
+    let back = volume
+        .read_wait(at, AlignedBuf::zeroed(3 << 20), None)
+        .unwrap();
     assert!(back[..] == want[..]);
     volume.close().unwrap();
     drop(volume);
     let volume = Volume::assemble(as_devices(&sims), false).unwrap();
     assert!(volume.info().was_clean);
-    let back = volume.read_wait(at, AlignedBuf::zeroed(3 << 20), None).unwrap();
+    let back = volume
+        .read_wait(at, AlignedBuf::zeroed(3 << 20), None)
+        .unwrap();
     assert!(back[..] == want[..]);
     assert_eq!(volume.chunks().len(), 2);
     drop(volume);
-    assert!(!Volume::assemble(as_devices(&sims), true).unwrap().info().was_clean);
+    assert!(
+        !Volume::assemble(as_devices(&sims), true)
+            .unwrap()
+            .info()
+            .was_clean
+    );
 }
 
 #[test]
@@ -58,12 +72,26 @@ fn files_work_with_every_backend() {
     let dir = tempfile::tempdir().unwrap();
     for backend in [Backend::Threads, Backend::Auto] {
         for direct in [false, true] {
-            let paths: Vec<_> = (0..3).map(|i| dir.path().join(format!("disk{i}"))).collect();
+            let paths: Vec<_> = (0..3)
+                .map(|i| dir.path().join(format!("disk{i}")))
+                .collect();
             for path in &paths {
-                std::fs::File::create(path).unwrap().set_len(32 * MIB).unwrap();
+                std::fs::File::create(path)
+                    .unwrap()
+                    .set_len(32 * MIB)
+                    .unwrap();
             }
-            let mode = OpenMode { read_only: false, direct, backend };
-            let open = || paths.iter().map(|p| open_device(p, mode).unwrap()).collect::<Vec<_>>();
+            let mode = OpenMode {
+                read_only: false,
+                direct,
+                backend,
+            };
+            let open = || {
+                paths
+                    .iter()
+                    .map(|p| open_device(p, mode).unwrap())
+                    .collect::<Vec<_>>()
+            };
             let volume = Volume::format(open(), &FormatOptions::default()).unwrap();
             let chunk = volume.allocate_chunk(ChunkKind::Data, 0).unwrap();
             let (tell, ended) = channel();
@@ -87,8 +115,13 @@ fn files_work_with_every_backend() {
             let volume = Volume::assemble(open(), false).unwrap();
             for number in 0..chunk.len_blocks / 256 {
                 let at = chunk.start.plus(number * 256);
-                let back = volume.read_wait(at, AlignedBuf::zeroed(1 << 20), None).unwrap();
-                assert!(back[..] == pattern(1 << 20, number)[..], "{backend:?} {direct}");
+                let back = volume
+                    .read_wait(at, AlignedBuf::zeroed(1 << 20), None)
+                    .unwrap();
+                assert!(
+                    back[..] == pattern(1 << 20, number)[..],
+                    "{backend:?} {direct}"
+                );
             }
             volume.close().unwrap();
             let stats = serde_json::to_string(&volume.stats()).unwrap();
@@ -101,6 +134,8 @@ fn files_work_with_every_backend() {
 fn a_block_outside_every_chunk_is_out_of_range() {
     let sims = sims(&[16 * MIB]);
     let volume = Volume::format(as_devices(&sims), &options(64 << 10)).unwrap();
-    let error = volume.read_wait(VolBlock(1 << 30), AlignedBuf::zeroed(4096), None).unwrap_err();
+    let error = volume
+        .read_wait(VolBlock(1 << 30), AlignedBuf::zeroed(4096), None)
+        .unwrap_err();
     assert_eq!(error.kind, braidfs_blockdev::ErrorKind::OutOfRange);
 }

@@ -3,7 +3,7 @@
 
 use crate::error::{ErrorKind, Op};
 use crate::request::DeviceRequest;
-use crate::units::{dev_len, mem_len};
+use crate::units::dev_len;
 use libc::iovec;
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -17,16 +17,9 @@ pub(super) struct DeviceFile {
     /// Closing it releases the lock.
     pub file: File,
     pub size_bytes: u64,
-    pub is_block: bool,
     pub direct: bool,
 }
 
-nix::ioctl_write_ptr_bad!(
-    /// Discards a byte range (start, length) of a block device.
-    blkdiscard,
-    nix::request_code_none!(0x12, 119),
-    [u64; 2]
-);
 nix::ioctl_read!(
     /// Size of a block device in bytes.
     blkgetsize64,
@@ -100,37 +93,15 @@ impl DeviceFile {
 
     /// Best effort: a device that cannot discard is left alone.
     pub(super) fn discard(&self, offset: u64, len: u64) -> Result<(), ErrorKind> {
-        let result = if self.is_block {
-            let range = [offset, len];
-            // SAFETY: the ioctl reads two u64 from the given place.
-            unsafe { blkdiscard(self.file.as_raw_fd(), &range) }.map(|_| ())
-        } else {
-            use nix::fcntl::FallocateFlags;
-            let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            let signed = |value| i64::try_from(value).map_err(|_| ErrorKind::OutOfRange);
-            nix::fcntl::fallocate(&self.file, flags, signed(offset)?, signed(len)?)
-        };
-        result.map_err(|errno| ErrorKind::Os(errno as i32))
+        use nix::fcntl::FallocateFlags;
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let signed = |value| i64::try_from(value).map_err(|_| ErrorKind::OutOfRange);
+        nix::fcntl::fallocate(&self.file, flags, signed(offset)?, signed(len)?)
+            .map_err(|errno| ErrorKind::Os(errno as i32))
     }
 }
 
 /// The kind of a failed call.
 pub(super) fn os_kind(error: std::io::Error) -> ErrorKind {
     ErrorKind::Os(error.raw_os_error().unwrap_or(libc::EIO))
-}
-
-/// Drops the first `bytes` of a list of segments.
-pub(super) fn advance(iovecs: &mut Vec<iovec>, mut bytes: u64) {
-    let whole = iovecs.iter().take_while(|part| {
-        let len = dev_len(part.iov_len);
-        let taken = bytes >= len;
-        bytes -= if taken { len } else { 0 };
-        taken
-    });
-    let count = whole.count();
-    iovecs.drain(..count);
-    if let Some(first) = iovecs.first_mut() {
-        first.iov_base = first.iov_base.wrapping_byte_add(mem_len(bytes));
-        first.iov_len -= mem_len(bytes);
-    }
 }

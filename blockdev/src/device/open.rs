@@ -132,7 +132,6 @@ fn open_file(path: &Path, mode: OpenMode) -> Result<DeviceFile, OpenError> {
         name,
         file,
         size_bytes,
-        is_block,
         direct,
     })
 }

@@ -5,9 +5,9 @@
 
 use super::BlockDevice;
 use super::file::DeviceFile;
+use super::gate::Gate;
 use crate::error::ErrorKind;
 use crate::request::DeviceRequest;
-use libc::iovec;
 use parking_lot::{Condvar, Mutex};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -28,24 +28,30 @@ struct Shared {
     file: DeviceFile,
     work: Mutex<Work>,
     wake: Condvar,
-    exited: Condvar,
 }
 
 /// A file or block device served by threads.
 pub(super) struct PoolDevice {
-    shared: Arc<Shared>,
+    /// Dropped by hand before the wait for the threads; `None` only then.
+    shared: Option<Arc<Shared>>,
+    gate: Arc<Gate>,
 }
 
 impl PoolDevice {
     pub(super) fn new(file: DeviceFile) -> PoolDevice {
+        let shared = Shared {
+            file,
+            work: Mutex::default(),
+            wake: Condvar::new(),
+        };
         PoolDevice {
-            shared: Arc::new(Shared {
-                file,
-                work: Mutex::default(),
-                wake: Condvar::new(),
-                exited: Condvar::new(),
-            }),
+            shared: Some(Arc::new(shared)),
+            gate: Arc::default(),
         }
+    }
+
+    fn shared(&self) -> &Arc<Shared> {
+        self.shared.as_ref().expect("only drop takes it")
     }
 
     /// Starts a thread if none is idle; false if there is none at all.
@@ -53,12 +59,15 @@ impl PoolDevice {
         if work.idle >= work.requests.len() || work.threads >= THREADS_MAX {
             return true;
         }
-        let shared = self.shared.clone();
+        let (shared, mut inside) = (self.shared().clone(), self.gate.enter());
+        let serve = move || {
+            inside.adopt();
+            shared.serve();
+            drop(shared);
+            drop(inside);
+        };
         let name = format!("braid-io-{}", work.threads);
-        match std::thread::Builder::new()
-            .name(name)
-            .spawn(move || shared.serve())
-        {
+        match std::thread::Builder::new().name(name).spawn(serve) {
             Ok(_detached) => work.threads += 1,
             Err(error) => log::warn!("{}: no I/O thread: {error}", self.name()),
         }
@@ -78,7 +87,6 @@ impl Shared {
                 work = self.work.lock();
             } else if work.stop {
                 work.threads -= 1;
-                self.exited.notify_all();
                 return;
             } else {
                 work.idle += 1;
@@ -91,15 +99,15 @@ impl Shared {
 
 impl BlockDevice for PoolDevice {
     fn name(&self) -> &str {
-        &self.shared.file.name
+        &self.shared().file.name
     }
 
     fn size_bytes(&self) -> u64 {
-        self.shared.file.size_bytes
+        self.shared().file.size_bytes
     }
 
     fn kind(&self) -> &'static str {
-        if self.shared.file.direct {
+        if self.shared().file.direct {
             "threads+O_DIRECT"
         } else {
             "threads"
@@ -111,12 +119,12 @@ impl BlockDevice for PoolDevice {
     }
 
     fn submit_batch(&self, requests: &mut Vec<DeviceRequest>) {
-        let mut work = self.shared.work.lock();
+        let mut work = self.shared().work.lock();
         let mut orphans = Vec::new();
         for request in requests.drain(..) {
             work.requests.push_back(request);
             if self.staff(&mut work) {
-                self.shared.wake.notify_one();
+                self.shared().wake.notify_one();
             } else {
                 orphans.extend(work.requests.drain(..));
             }
@@ -130,34 +138,13 @@ impl BlockDevice for PoolDevice {
 
 impl Drop for PoolDevice {
     fn drop(&mut self) {
-        let mut work = self.shared.work.lock();
-        work.stop = true;
-        self.shared.wake.notify_all();
-        let deadline = std::time::Instant::now() + super::CLOSE_WAIT_MAX;
-        // A pool thread may itself drop the last handle, from an end_io; it cannot wait for itself.
-        let own = usize::from(
-            std::thread::current()
-                .name()
-                .is_some_and(|name| name.starts_with("braid-io-")),
-        );
-        while work.threads > own {
-            if self
-                .shared
-                .exited
-                .wait_until(&mut work, deadline)
-                .timed_out()
-            {
-                log::warn!("{}: device still busy at close", self.shared.file.name);
-                return;
-            }
-        }
+        let Some(shared) = self.shared.take() else {
+            return;
+        };
+        shared.work.lock().stop = true;
+        shared.wake.notify_all();
+        let name = shared.file.name.clone();
+        drop(shared);
+        self.gate.wait_empty(&name);
     }
-}
-
-/// One vectored transfer as the kernel made it.
-pub(super) fn byte_count(iovecs: &[iovec]) -> u64 {
-    iovecs
-        .iter()
-        .map(|part| crate::units::dev_len(part.iov_len))
-        .sum()
 }
