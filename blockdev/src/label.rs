@@ -306,9 +306,8 @@ mod tests {
 
     #[test]
     fn encode_and_decode_agree() {
-        for slot in 0..2 {
-            let block = sample().encode(slot);
-            assert_eq!(Label::decode(&block, LABEL_OFFSETS[slot]), Ok(sample()));
+        for (slot, &at) in LABEL_OFFSETS.iter().enumerate() {
+            assert_eq!(Label::decode(&sample().encode(slot), at), Ok(sample()));
         }
     }
 

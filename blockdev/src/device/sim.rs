@@ -216,15 +216,13 @@ impl SimDevice {
     /// Changes stored bytes behind everybody's back, durably.
     pub fn poke(&self, offset: u64, bytes: &[u8]) {
         let mut state = self.state.lock();
-        let mut at = mem_len(offset);
-        for byte in bytes {
+        for (at, byte) in (mem_len(offset)..).zip(bytes) {
             if let Some(versions) = state.cache.get_mut(&(at / SECTOR)) {
                 for version in versions {
                     version[at % SECTOR] = *byte;
                 }
             }
             state.durable[at] = *byte;
-            at += 1;
         }
     }
 

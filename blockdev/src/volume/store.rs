@@ -27,7 +27,8 @@ use std::time::{Duration, Instant};
 /// Bound on the wait for one label or table transfer on all members.
 pub(super) const STORE_WAIT_MAX: Duration = Duration::from_secs(120);
 
-pub(super) type Devices = [Arc<dyn BlockDevice>];
+type Device = Arc<dyn BlockDevice>;
+pub(super) type Devices = [Device];
 
 /// One transfer on one member.
 struct Job {
@@ -394,7 +395,7 @@ pub(super) fn elect(devices: Vec<Arc<dyn BlockDevice>>) -> Result<Elected, Volum
 fn check_membership(
     devices: Vec<Arc<dyn BlockDevice>>,
     members: Vec<Member>,
-) -> Result<(Vec<Arc<dyn BlockDevice>>, Vec<Member>), VolumeError> {
+) -> Result<(Vec<Device>, Vec<Member>), VolumeError> {
     let votes = |uuid: &[u8; 16]| members.iter().filter(|m| &m.label.fs_uuid == uuid).count();
     // The first of the most frequent: `max_by_key` returns the last, so from the back.
     let chosen = members
