@@ -12,10 +12,11 @@ use std::time::{Duration, Instant};
 
 use braidfs_blockdev::{Class, PAGE_SIZE};
 use parking_lot::{Condvar, Mutex};
+use smallvec::SmallVec;
 
 use crate::arena::Frame;
 use crate::fill::Plan;
-use crate::folio::{Bit, inside, order_at};
+use crate::folio::{Bit, Folio, inside, order_at};
 use crate::readahead::ReadaheadState;
 use crate::space::SpaceInner;
 use crate::units::{PAGE, mem};
@@ -33,8 +34,9 @@ const READ_WAIT_PIECE: usize = 256 * PAGE_SIZE;
 pub(crate) struct Waiter {
     id: u64,
     pages: PageRange,
-    /// Pages below are pinned here or being read; those from here on are not asked for yet.
-    claimed_end: u64,
+    /// Claimed pages that others or we read: the fills that end bring them.
+    awaited: Vec<PageRange>,
+    /// Pages not pinned yet, claimed or not.
     missing: u64,
     parts: Vec<(u64, ReadData)>,
     offset: u64,
@@ -46,18 +48,40 @@ pub(crate) struct Waiter {
 impl Waiter {
     fn new(pages: PageRange, offset: u64, len: usize, done: ReadDone) -> Self {
         let missing = pages.count();
-        let claimed_end = pages.start;
-        let (parts, done) = (Vec::new(), Mutex::new(Some(done)));
+        let (awaited, parts, done) = (Vec::new(), Vec::new(), Mutex::new(Some(done)));
         Self {
             id: 0,
             pages,
-            claimed_end,
+            awaited,
             missing,
             parts,
             offset,
             len,
             done,
         }
+    }
+
+    /// `pages` are being read.
+    fn await_pages(&mut self, pages: PageRange) {
+        match self.awaited.last_mut() {
+            Some(last) if last.abuts(pages) => last.end = pages.end,
+            _ => self.awaited.push(pages),
+        }
+    }
+
+    /// Takes what lies in `range` out of the awaited pages.
+    fn take_awaited(&mut self, range: PageRange) -> Vec<PageRange> {
+        let mut taken = Vec::new();
+        let mut left = Vec::new();
+        for &pages in &self.awaited {
+            taken.extend(pages.intersect(range));
+            left.extend(PageRange::new(pages.start, pages.end.min(range.start)));
+            left.extend(PageRange::new(pages.start.max(range.end), pages.end));
+        }
+        if !taken.is_empty() {
+            self.awaited = left;
+        }
+        taken
     }
 
     /// Pins pages `first..first + count` of `frame`, which are the pages from `page` on.
@@ -136,6 +160,7 @@ impl AddressSpace {
         let mut data = ReadData::default();
         let end = offset.checked_add(len as u64)?;
         let inner = self.inner.read();
+        let mut used = SmallVec::<[(&Folio, usize, usize); 3]>::new();
         let mut at = offset;
         while at < end {
             let (start, folio) = inner.find(at / PAGE)?;
@@ -151,6 +176,12 @@ impl AddressSpace {
             }
             data.push(frame.clone(), from, take);
             at += take as u64;
+        }
+        // Only now: a read that misses comes again, and is one use.
+        for (folio, from, to) in used {
+            if folio.touched(from, to) {
+                self.cache.counters.readahead_used.add(folio.pages() as u64);
+            }
         }
         Some(data)
     }
@@ -261,11 +292,10 @@ impl AddressSpace {
                     end: pages.end,
                 };
                 let end = self.claim(&mut inner, rest, options, &mut plans, Some(&mut current));
-                current.claimed_end = match end {
+                from = match end {
                     ClaimEnd::Done => pages.end,
                     ClaimEnd::NoFrames(page) | ClaimEnd::Busy(page) => page,
                 };
-                from = current.claimed_end;
                 if current.missing == 0 {
                     finished = Some(current);
                 } else {
@@ -323,20 +353,19 @@ impl AddressSpace {
                 };
                 let order = frame.order();
                 let count = (range.end - page).min(1 << order);
+                let pages = PageRange {
+                    start: page,
+                    end: page + count,
+                };
+                if let Some(waiter) = &mut waiter {
+                    waiter.await_pages(pages);
+                }
                 let folio = self.insert(inner, page, order, None);
                 folio.set(Bit::Reading, 0, mem(count));
                 if options.readahead {
                     folio.mark_readahead();
                 }
-                Plan::add(
-                    plans,
-                    page,
-                    frame,
-                    PageRange {
-                        start: page,
-                        end: page + count,
-                    },
-                );
+                Plan::add(plans, page, frame, pages);
                 page += count;
                 continue;
             };
@@ -354,6 +383,10 @@ impl AddressSpace {
                 continue;
             }
             let (is_reading, count) = folio.run_of(Bit::Reading, at, at + count);
+            let pages = PageRange {
+                start: page,
+                end: page + count as u64,
+            };
             if !is_reading {
                 if folio.frame.is_none() {
                     return ClaimEnd::Busy(page);
@@ -367,11 +400,10 @@ impl AddressSpace {
                     continue;
                 };
                 folio.set(Bit::Reading, at, count);
-                let pages = PageRange {
-                    start: page,
-                    end: page + count as u64,
-                };
                 Plan::add(plans, start, frame, pages);
+            }
+            if let Some(waiter) = &mut waiter {
+                waiter.await_pages(pages);
             }
             page += count as u64;
         }
@@ -428,17 +460,13 @@ impl SpaceInner {
         let mut index = 0;
         while index < waiters.len() {
             let waiter = &mut waiters[index];
-            let claimed = PageRange::new(waiter.pages.start, waiter.claimed_end);
-            let Some(part) = claimed.and_then(|claimed| claimed.intersect(range)) else {
-                index += 1;
-                continue;
-            };
-            let error = failed
-                .iter()
-                .find(|(pages, _)| pages.intersect(part).is_some())
-                .map(|&(_, error)| error);
+            let parts = waiter.take_awaited(range);
+            let hit = |pages: PageRange| parts.iter().any(|part| part.intersect(pages).is_some());
+            let error = failed.iter().find(|f| hit(f.0)).map(|f| f.1);
             if error.is_none() {
-                used += self.collect_for(waiter, part);
+                for part in parts {
+                    used += self.collect_for(waiter, part);
+                }
             }
             if error.is_some() || waiter.missing == 0 {
                 ended.push((waiters.swap_remove(index), error));

@@ -63,7 +63,10 @@ fn small_sequential_writes_grow_their_folios() {
     let rig = Rig::new(RigOptions::default());
     let space = rig.space(1);
     for page in 0..512u64 {
-        let new = space.write(page * PAGE, &[3; PAGE as usize]).unwrap().newly_dirty_pages;
+        let new = space
+            .write(page * PAGE, &[3; PAGE as usize])
+            .unwrap()
+            .newly_dirty_pages;
         assert_eq!(new, 1);
     }
     let folios: u64 = rig.cache.stats().folios_by_order.iter().sum();
@@ -75,7 +78,10 @@ fn small_sequential_writes_grow_their_folios() {
 fn discard_and_zero() {
     let rig = Rig::new(RigOptions::default());
     let space = rig.space(1);
-    let mut new = space.write(0, &[1; 64 * PAGE as usize]).unwrap().newly_dirty_pages;
+    let mut new = space
+        .write(0, &[1; 64 * PAGE as usize])
+        .unwrap()
+        .newly_dirty_pages;
     assert_eq!(space.discard(pages(10, 20)), 10);
     assert!(!space.has_pages(pages(10, 20)) && space.has_pages(pages(19, 21)));
     assert_eq!(space.next_cached_dirty(0), Some(pages(0, 10)));
@@ -83,10 +89,19 @@ fn discard_and_zero() {
     assert_eq!(space.next_cached_dirty(10), Some(pages(20, 64)));
     assert_eq!(space.next_cached_dirty(64), None);
     // Zero over a hole makes nothing dirty; over data, its pages, once.
-    assert_eq!(space.zero(12 * PAGE + 100, 500).unwrap().newly_dirty_pages, 0);
-    assert_eq!(space.zero(30 * PAGE + 100, 500).unwrap().newly_dirty_pages, 0);
+    assert_eq!(
+        space.zero(12 * PAGE + 100, 500).unwrap().newly_dirty_pages,
+        0
+    );
+    assert_eq!(
+        space.zero(30 * PAGE + 100, 500).unwrap().newly_dirty_pages,
+        0
+    );
     space.flush(PageRange::ALL).unwrap();
-    let zeroed = space.zero(30 * PAGE + 50, 2 * PAGE).unwrap().newly_dirty_pages;
+    let zeroed = space
+        .zero(30 * PAGE + 50, 2 * PAGE)
+        .unwrap()
+        .newly_dirty_pages;
     assert_eq!(zeroed, 3);
     new += zeroed;
     let mut out = vec![9; 64 * PAGE as usize];
@@ -136,7 +151,10 @@ fn requests_mean(rig: &Rig) -> u64 {
 #[test]
 fn small_writes_leave_as_large_requests() {
     for random in [false, true] {
-        let mut options = RigOptions { device_bytes: 128 * MIB, ..RigOptions::default() };
+        let mut options = RigOptions {
+            device_bytes: 128 * MIB,
+            ..RigOptions::default()
+        };
         options.cache = quiet(64 * MIB);
         let rig = Rig::new(options);
         let before = rig.volume.stats();
@@ -179,7 +197,10 @@ fn private_pages_are_exact_and_come_back() {
     assert!(vec.slices().flatten().all(|&byte| byte == 8));
     let mut lender = vec.lend();
     let (first, second) = (lender.take(10), lender.take(64));
-    assert_eq!(second.runs().iter().map(|run| run.len()).sum::<usize>(), 64 * 4096);
+    assert_eq!(
+        second.runs().iter().map(|run| run.len()).sum::<usize>(),
+        64 * 4096
+    );
     drop((first, second));
     drop(lender.finish().unwrap());
     assert_eq!(rig.cache.stats().free_bytes, free);
@@ -200,7 +221,9 @@ fn metadata_is_served_from_the_reserve() {
     let stats = rig.cache.stats();
     assert!(stats.free_bytes <= stats.reserve_bytes, "{stats:?}");
     let backing = std::sync::Arc::clone(&rig.store) as std::sync::Arc<dyn braidfs_cache::Backing>;
-    let meta = rig.cache.new_space(2, braidfs_cache::SpaceClass::Meta, backing);
+    let meta = rig
+        .cache
+        .new_space(2, braidfs_cache::SpaceClass::Meta, backing);
     meta.write(0, &[2; 64 * PAGE as usize]).unwrap();
     let mut out = [0; 5000];
     meta.read_wait(60 * PAGE, &mut out).unwrap();

@@ -27,7 +27,9 @@ impl Rng {
 
     /// From `SEED`, else from the clock; printed, so that a failure can be run again.
     pub fn from_env() -> Self {
-        let seed = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok());
+        let seed = std::env::var("SEED")
+            .ok()
+            .and_then(|seed| seed.parse().ok());
         let seed = seed.unwrap_or_else(|| {
             let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
             now.unwrap().as_nanos() as u64 % 1_000_000
@@ -83,7 +85,10 @@ impl AsyncSim {
                 }
             }
         });
-        Arc::new(Self { sim, requests: Mutex::new(requests) })
+        Arc::new(Self {
+            sim,
+            requests: Mutex::new(requests),
+        })
     }
 }
 
@@ -154,7 +159,10 @@ impl Store {
         assert!(!free.is_empty());
         Arc::new(Self {
             volume,
-            state: Mutex::new(StoreState { free, ..StoreState::default() }),
+            state: Mutex::new(StoreState {
+                free,
+                ..StoreState::default()
+            }),
             fail_allocate: Mutex::default(),
             gate: Gate::default(),
             allocated: AtomicU64::new(0),
@@ -167,12 +175,20 @@ impl Store {
 
     /// Where a page lives.
     pub fn home(&self, space: u64, page: u64) -> Option<VolBlock> {
-        self.state.lock().unwrap().homes.get(&(space, page)).map(|home| home.0)
+        self.state
+            .lock()
+            .unwrap()
+            .homes
+            .get(&(space, page))
+            .map(|home| home.0)
     }
 
     /// Device and byte offset of a copy of a page.
     pub fn place(&self, space: u64, page: u64, copy: u8) -> (usize, u64) {
-        let (dev, at) = self.volume.locate(self.home(space, page).unwrap(), copy).unwrap();
+        let (dev, at) = self
+            .volume
+            .locate(self.home(space, page).unwrap(), copy)
+            .unwrap();
         (usize::from(dev), at)
     }
 
@@ -180,7 +196,11 @@ impl Store {
     pub fn forget(&self, space: u64, pages: PageRange) {
         let mut state = self.state.lock().unwrap();
         let range = (space, pages.start)..(space, pages.end);
-        let gone: Vec<_> = state.homes.range(range).map(|(&key, home)| (key, home.0)).collect();
+        let gone: Vec<_> = state
+            .homes
+            .range(range)
+            .map(|(&key, home)| (key, home.0))
+            .collect();
         for (key, block) in gone {
             state.homes.remove(&key);
             state.free.insert(block.0);
@@ -197,10 +217,16 @@ impl Backing for Store {
                 None => SegmentKind::Hole,
                 Some(&(block, crc)) => {
                     out.crcs.push(crc);
-                    SegmentKind::Data { block, crc_index: Some(out.crcs.len() - 1) }
+                    SegmentKind::Data {
+                        block,
+                        crc_index: Some(out.crcs.len() - 1),
+                    }
                 }
             };
-            out.segments.push(Segment { pages: PageRange::single(page), kind });
+            out.segments.push(Segment {
+                pages: PageRange::single(page),
+                kind,
+            });
         }
         Ok(())
     }
@@ -221,7 +247,12 @@ impl Backing for Store {
             while page < run.end {
                 // Next fit, so that what is written together lies together.
                 let cursor = state.cursor;
-                let first = state.free.range(cursor..).next().or(state.free.first()).copied();
+                let first = state
+                    .free
+                    .range(cursor..)
+                    .next()
+                    .or(state.free.first())
+                    .copied();
                 let first = first.expect("the test volume is large enough");
                 let mut count = 0;
                 while count < run.end - page && state.free.remove(&(first + count)) {
@@ -229,8 +260,14 @@ impl Backing for Store {
                     count += 1;
                 }
                 state.cursor = first + count;
-                let pages = PageRange { start: page, end: page + count };
-                out.push(Placement { pages, block: VolBlock(first) });
+                let pages = PageRange {
+                    start: page,
+                    end: page + count,
+                };
+                out.push(Placement {
+                    pages,
+                    block: VolBlock(first),
+                });
                 page += count;
             }
             self.allocated.fetch_add(run.count(), Ordering::SeqCst);
@@ -258,7 +295,8 @@ impl Backing for Store {
             }
         }
         if result.is_err() {
-            self.failed.fetch_add(placement.pages.count(), Ordering::SeqCst);
+            self.failed
+                .fetch_add(placement.pages.count(), Ordering::SeqCst);
         }
     }
 
@@ -330,11 +368,20 @@ impl Rig {
         let volume = Volume::format(devices, &FormatOptions::default()).unwrap();
         let store = Store::new(Arc::clone(&volume), options.kind);
         let cache = Cache::new(options.cache, Arc::clone(&volume)).unwrap();
-        Self { sims, volume, store, cache }
+        Self {
+            sims,
+            volume,
+            store,
+            cache,
+        }
     }
 
     pub fn space(&self, id: u64) -> Arc<AddressSpace> {
-        self.cache.new_space(id, SpaceClass::Data, Arc::clone(&self.store) as Arc<dyn Backing>)
+        self.cache.new_space(
+            id,
+            SpaceClass::Data,
+            Arc::clone(&self.store) as Arc<dyn Backing>,
+        )
     }
 
     /// No writes under way: dirty pages are what the reports add up to.
@@ -364,7 +411,10 @@ pub fn within(limit: Duration, work: impl FnOnce() + Send + 'static) {
     let thread = std::thread::spawn(work);
     let began = Instant::now();
     while !thread.is_finished() {
-        assert!(began.elapsed() < limit, "still running after {limit:?}: deadlock?");
+        assert!(
+            began.elapsed() < limit,
+            "still running after {limit:?}: deadlock?"
+        );
         std::thread::sleep(Duration::from_millis(5));
     }
     thread.join().expect("the work succeeded");
@@ -374,7 +424,10 @@ pub fn within(limit: Duration, work: impl FnOnce() + Send + 'static) {
 pub fn until(what: &str, mut is_true: impl FnMut() -> bool) {
     let began = Instant::now();
     while !is_true() {
-        assert!(began.elapsed() < Duration::from_secs(20), "waiting for {what}");
+        assert!(
+            began.elapsed() < Duration::from_secs(20),
+            "waiting for {what}"
+        );
         std::thread::sleep(Duration::from_millis(1));
     }
 }
@@ -400,5 +453,7 @@ pub fn read_async(
         send.send(bytes).unwrap();
     };
     space.read(offset, len, ra, eof, Box::new(done));
-    receive.recv_timeout(Duration::from_secs(30)).expect("a read ends")
+    receive
+        .recv_timeout(Duration::from_secs(30))
+        .expect("a read ends")
 }

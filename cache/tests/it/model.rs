@@ -102,7 +102,10 @@ impl Model {
         assert!(out == self.bytes);
         self.rig.cache.drop_clean();
         let stats = self.rig.cache.stats();
-        assert_eq!(stats.free_bytes, stats.size_bytes, "memory was lost: {stats:?}");
+        assert_eq!(
+            stats.free_bytes, stats.size_bytes,
+            "memory was lost: {stats:?}"
+        );
         assert_eq!(stats.crc_errors, 0);
     }
 }
@@ -123,10 +126,15 @@ fn model(file_mib: u64, options: RigOptions, seed: u64) -> Model {
 
 /// Seeds at which to run: one given, or a fixed few and one of the clock.
 fn seeds() -> Vec<u64> {
-    match std::env::var("SEED").ok().and_then(|seed| seed.parse().ok()) {
+    match std::env::var("SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+    {
         Some(seed) => vec![seed],
         None => {
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+            let now = std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .unwrap();
             vec![1, 2, 3, now.as_nanos() as u64 % 1_000_000]
         }
     }
@@ -154,7 +162,10 @@ fn random_operations_with_busy_flushers_and_an_asynchronous_device() {
     for seed in seeds() {
         println!("SEED={seed}");
         within(Duration::from_secs(120), move || {
-            let mut options = RigOptions { is_async: true, ..RigOptions::default() };
+            let mut options = RigOptions {
+                is_async: true,
+                ..RigOptions::default()
+            };
             options.cache.dirty_background_percent = 5;
             options.cache.dirty_hard_percent = 30;
             options.cache.dirty_expire = Duration::from_millis(50);
@@ -173,7 +184,10 @@ fn random_operations_with_write_errors() {
     for seed in seeds() {
         println!("SEED={seed}");
         within(Duration::from_secs(120), move || {
-            let mut options = RigOptions { is_async: true, ..RigOptions::default() };
+            let mut options = RigOptions {
+                is_async: true,
+                ..RigOptions::default()
+            };
             options.cache = quiet(32 * MIB);
             let mut model = model(16, options, seed);
             for step in 0..400 {
@@ -192,7 +206,10 @@ fn random_operations_with_write_errors() {
             }
             *model.rig.store.fail_allocate.lock().unwrap() = None;
             model.rig.sims.iter().for_each(|sim| sim.heal());
-            println!("failed pages: {}", model.rig.store.failed.load(Ordering::Relaxed));
+            println!(
+                "failed pages: {}",
+                model.rig.store.failed.load(Ordering::Relaxed)
+            );
             model.finish();
         });
     }
