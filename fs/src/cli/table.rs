@@ -3,7 +3,7 @@
 //! | shape | shown as |
 //! | --- | --- |
 //! | object with `buckets`, `count`, `sum`, `max` | histogram: one line, and bars where it has values |
-//! | list of objects, or object of objects with the same fields | table, a line each |
+//! | list of objects, or object of objects of the same fields | table; histograms side by side |
 //! | other object | its fields, one a line, sub-objects as sections |
 //!
 //! A field's name says its unit: `_bytes` becomes KiB, MiB..., `_ns` and `_us` become a time.
@@ -76,24 +76,73 @@ fn heading(out: &mut String, path: &str) {
     out.push('\n');
 }
 
-/// A list of objects: a table of their plain fields, then what each has inside.
+/// A list of objects: a table of their plain fields, then a table for each object that they all have
+/// inside, with the mean of each histogram, then the histograms, a column for each item.
 fn list(out: &mut String, path: &str, items: &[Value]) {
     let rows: Vec<(String, &Map<String, Value>)> = items
         .iter()
         .enumerate()
         .filter_map(|(index, item)| Some((row_name(index, item), item.as_object()?)))
         .collect();
-    table(out, path, &rows);
-    for (name, fields) in &rows {
-        let inner: Map<String, Value> = fields
+    same_kind(out, path, &rows);
+}
+
+/// Objects of the same kind, by name.
+fn same_kind(out: &mut String, path: &str, rows: &[(String, &Map<String, Value>)]) {
+    let Some((_, first)) = rows.first() else {
+        return;
+    };
+    table(out, path, rows);
+    for (name, value) in first.iter() {
+        let path = format!("{path} / {}", label(name));
+        let inner: Vec<(String, &Map<String, Value>)> = rows
             .iter()
-            .filter(|(_, value)| !is_scalar(value))
-            .map(|(name, value)| (name.clone(), value.clone()))
+            .filter_map(|(row, fields)| Some((row.clone(), fields.get(name)?.as_object()?)))
             .collect();
-        if !inner.is_empty() {
-            section(out, &format!("{path} / {name}"), &inner);
+        match value {
+            Value::Object(fields) if is_histogram(fields) => {
+                histogram_columns(out, &path, name, &inner);
+            }
+            Value::Object(_) => same_kind(out, &path, &inner),
+            _ => {}
         }
     }
+}
+
+/// Histograms of the same thing side by side.
+fn histogram_columns(
+    out: &mut String,
+    path: &str,
+    name: &str,
+    columns: &[(String, &Map<String, Value>)],
+) {
+    let buckets: Vec<Vec<u64>> = columns
+        .iter()
+        .map(|(_, fields)| buckets_of(fields))
+        .collect();
+    let used = |index: &usize| {
+        buckets
+            .iter()
+            .any(|b| b.get(*index).is_some_and(|&n| n > 0))
+    };
+    let len = buckets.iter().map(Vec::len).max().unwrap_or(0);
+    let (Some(first), Some(last)) = ((0..len).find(used), (0..len).rfind(used)) else {
+        return;
+    };
+    let heads = columns.iter().map(|(name, _)| name.clone());
+    let mut lines = vec![
+        std::iter::once(String::new())
+            .chain(heads)
+            .collect::<Vec<_>>(),
+    ];
+    for index in first..=last {
+        let cells = buckets
+            .iter()
+            .map(|b| b.get(index).copied().unwrap_or(0).to_string());
+        lines.push(std::iter::once(below(name, index)).chain(cells).collect());
+    }
+    heading(out, path);
+    grid(out, &lines);
 }
 
 fn row_name(index: usize, item: &Value) -> String {
@@ -123,9 +172,12 @@ fn table(out: &mut String, path: &str, rows: &[(String, &Map<String, Value>)]) {
     };
     let columns: Vec<&String> = first
         .iter()
-        .filter(|(name, value)| is_scalar(value) && name.as_str() != "name")
+        .filter(|(name, value)| is_cell(value) && name.as_str() != "name")
         .map(|(name, _)| name)
         .collect();
+    if columns.is_empty() {
+        return;
+    }
     let mut lines = vec![
         std::iter::once(String::new())
             .chain(columns.iter().map(|name| label(name)))
@@ -135,28 +187,60 @@ fn table(out: &mut String, path: &str, rows: &[(String, &Map<String, Value>)]) {
         let cells = columns.iter().map(|column| {
             fields
                 .get(*column)
-                .map_or_else(String::new, |v| scalar(column, v))
+                .map_or_else(String::new, |value| cell(column, value))
         });
         lines.push(std::iter::once(name.clone()).chain(cells).collect());
     }
-    let widths: Vec<usize> = (0..=columns.len())
+    heading(out, path);
+    grid(out, &lines);
+}
+
+/// Lines of cells in columns: the first to the left, the others to the right.
+fn grid(out: &mut String, lines: &[Vec<String>]) {
+    let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns)
         .map(|at| {
             lines
                 .iter()
-                .map(|line| line[at].chars().count())
+                .filter_map(|line| Some(line.get(at)?.chars().count()))
                 .max()
-                .unwrap_or(0)
         })
+        .map(|width| width.unwrap_or(0))
         .collect();
-    heading(out, path);
-    for line in &lines {
-        let mut text = format!("  {:width$}", line[0], width = widths[0]);
-        for (cell, width) in line.iter().zip(&widths).skip(1) {
-            text.push_str(&format!("  {cell:>width$}"));
+    for line in lines {
+        let mut text = String::from("  ");
+        for (at, (cell, width)) in line.iter().zip(&widths).enumerate() {
+            text.push_str(&match at {
+                0 => format!("{cell:width$}"),
+                _ => format!("  {cell:>width$}"),
+            });
         }
         out.push_str(text.trim_end());
         out.push('\n');
     }
+}
+
+/// Whether a table shows it in a cell.
+fn is_cell(value: &Value) -> bool {
+    is_scalar(value) || value.as_object().is_some_and(is_histogram)
+}
+
+/// A cell: a plain value, or the mean of a histogram.
+fn cell(name: &str, value: &Value) -> String {
+    match value {
+        Value::Object(fields) => quantity(name, mean(fields)),
+        plain => scalar(name, plain),
+    }
+}
+
+fn mean(histogram: &Map<String, Value>) -> u64 {
+    number(histogram, "sum")
+        .checked_div(number(histogram, "count"))
+        .unwrap_or(0)
+}
+
+fn number(fields: &Map<String, Value>, name: &str) -> u64 {
+    fields.get(name).and_then(Value::as_u64).unwrap_or(0)
 }
 
 fn is_scalar(value: &Value) -> bool {
@@ -176,26 +260,33 @@ fn is_histogram(fields: &Map<String, Value>) -> bool {
             .all(|name| fields.get(*name).is_some_and(Value::is_u64))
 }
 
+fn buckets_of(histogram: &Map<String, Value>) -> Vec<u64> {
+    let buckets = histogram.get("buckets").and_then(Value::as_array);
+    buckets
+        .into_iter()
+        .flatten()
+        .map(|bucket| bucket.as_u64().unwrap_or(0))
+        .collect()
+}
+
 /// Bucket n holds values below 2^n that no lower bucket took.
+fn below(name: &str, index: usize) -> String {
+    let shift = u32::try_from(index).unwrap_or(u32::MAX);
+    format!(
+        "< {}",
+        quantity(name, 1_u64.checked_shl(shift).unwrap_or(u64::MAX))
+    )
+}
+
+/// One histogram, with bars.
 fn histogram(out: &mut String, name: &str, fields: &Map<String, Value>) {
-    let number = |name: &str| fields.get(name).and_then(Value::as_u64).unwrap_or(0);
-    let (count, sum, max) = (number("count"), number("sum"), number("max"));
-    let mean = sum.checked_div(count).unwrap_or(0);
     out.push_str(&format!(
-        "  count {count}  mean {}  max {}\n",
-        quantity(name, mean),
-        quantity(name, max)
+        "  count {}  mean {}  max {}\n",
+        number(fields, "count"),
+        quantity(name, mean(fields)),
+        quantity(name, number(fields, "max"))
     ));
-    let buckets: Vec<u64> = fields
-        .get("buckets")
-        .and_then(Value::as_array)
-        .map(|buckets| {
-            buckets
-                .iter()
-                .map(|bucket| bucket.as_u64().unwrap_or(0))
-                .collect()
-        })
-        .unwrap_or_default();
+    let buckets = buckets_of(fields);
     let Some(first) = buckets.iter().position(|&bucket| bucket > 0) else {
         return;
     };
@@ -203,13 +294,9 @@ fn histogram(out: &mut String, name: &str, fields: &Map<String, Value>) {
         .iter()
         .rposition(|&bucket| bucket > 0)
         .unwrap_or(first);
-    let most = buckets.iter().copied().max().unwrap_or(1);
+    let most = buckets.iter().copied().max().unwrap_or(1).max(1);
     let rows: Vec<(String, u64)> = (first..=last)
-        .map(|index| {
-            let shift = u32::try_from(index).unwrap_or(u32::MAX);
-            let below = 1_u64.checked_shl(shift).unwrap_or(u64::MAX);
-            (format!("< {}", quantity(name, below)), buckets[index])
-        })
+        .map(|index| (below(name, index), buckets[index]))
         .collect();
     let width = rows
         .iter()
@@ -218,7 +305,7 @@ fn histogram(out: &mut String, name: &str, fields: &Map<String, Value>) {
         .unwrap_or(0);
     let digits = most.to_string().len();
     for (below, bucket) in rows {
-        let bar = u128::from(bucket) * u128::from(BAR_WIDTH) / u128::from(most.max(1));
+        let bar = u128::from(bucket) * u128::from(BAR_WIDTH) / u128::from(most);
         let bar = usize::try_from(bar)
             .unwrap_or(0)
             .max(usize::from(bucket > 0));
@@ -327,15 +414,24 @@ mod tests {
         let text = render(&json!({ "volume": { "kiobufs": 9, "devices": [
             { "name": "/d/0", "queued": 1, "write": { "request_bytes": hist } },
             { "name": "/d/1", "queued": 0, "write": { "request_bytes": hist } } ] } }));
+        for part in [
+            "volume / devices\n        queued\n  /d/0       1\n",
+            "volume / devices / write\n        request\n  /d/0      4 B\n",
+            "volume / devices / write / request\n         /d/0  /d/1\n  < 2 B     1     1\n",
+            "  < 8 B     4     4\n",
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_histogram_alone_has_bars() {
+        let text = render(&json!({ "size_bytes":
+            { "buckets": [0, 1, 0, 4], "count": 5, "sum": 21, "max": 7 } }));
         assert!(
-            text.contains("volume / devices\n        queued\n  /d/0       1\n"),
+            text.contains("size\n  count 5  mean 4 B  max 7 B\n"),
             "{text}"
         );
-        assert!(
-            text.contains("volume / devices / /d/1 / write / request\n"),
-            "{text}"
-        );
-        assert!(text.contains("  count 5  mean 4 B  max 7 B\n"), "{text}");
         assert!(text.contains("  < 8 B  4  ########"), "{text}");
         assert!(text.contains("  < 4 B  0\n"), "{text}");
     }

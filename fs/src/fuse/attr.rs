@@ -10,8 +10,12 @@ use fuser::{FileAttr, FileType, INodeNo, Request, TimeOrNow};
 
 use crate::{Attr, Cred, Errno, SetTime, Timestamp};
 
-/// What `st_blksize` says: the block size of the file system.
-const BLKSIZE: u32 = 4096;
+/// What `st_blksize` says where the kernel caches: its page size.
+pub(super) const BLKSIZE_CACHED: u32 = 4096;
+
+/// What `st_blksize` says where every read(2) and write(2) is a request: programs that read and
+/// write in such pieces (cmp, Python) then need fewer of them.
+pub(super) const BLKSIZE_DIRECT: u32 = 65_536;
 
 /// The errno edge: every error of the core leaves through here.
 pub(super) fn errno(error: Errno) -> fuser::Errno {
@@ -47,7 +51,7 @@ pub(super) fn dirent_type(kind: u8) -> FileType {
 }
 
 /// Attributes as fuser wants them.
-pub(super) fn file_attr(attr: &Attr) -> FileAttr {
+pub(super) fn file_attr(attr: &Attr, blksize: u32) -> FileAttr {
     FileAttr {
         ino: INodeNo(attr.ino),
         size: attr.size,
@@ -62,7 +66,7 @@ pub(super) fn file_attr(attr: &Attr) -> FileAttr {
         uid: attr.uid,
         gid: attr.gid,
         rdev: attr.rdev,
-        blksize: BLKSIZE,
+        blksize,
         flags: 0,
     }
 }
@@ -84,7 +88,7 @@ pub(super) fn bare_attr(ino: u64, kind: FileType) -> FileAttr {
         uid: 0,
         gid: 0,
         rdev: 0,
-        blksize: BLKSIZE,
+        blksize: BLKSIZE_CACHED,
         flags: 0,
     }
 }

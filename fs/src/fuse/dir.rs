@@ -11,7 +11,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use fuser::{Generation, INodeNo, ReplyDirectory, ReplyDirectoryPlus};
 
 use super::Shared;
-use super::attr::{bare_attr, dirent_type, file_attr};
+use super::attr::{bare_attr, dirent_type};
 use crate::{Errno, Ino};
 
 /// Entries listed at a time for READDIRPLUS: about what fits into one page of reply.
@@ -104,7 +104,7 @@ fn add_plus(shared: &Shared, entry: &Listed, reply: &mut ReplyDirectoryPlus) -> 
         return true;
     };
     let generation = Generation(attr.generation);
-    let (ino, attr) = (INodeNo(attr.ino), file_attr(&attr));
+    let (ino, attr) = (INodeNo(attr.ino), shared.file_attr(&attr));
     let full = reply.add(ino, entry.cookie, &entry.name, &ttl, &attr, generation);
     if full {
         shared.fs.forget(entry.ino, 1);

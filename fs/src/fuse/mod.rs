@@ -34,13 +34,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
+use fuser::FileAttr;
 use serde_json::{Value, json};
 
 pub use attach::{AttachError, MountSpec, Unmount, abort_connection, unmount, unmount_if_ours};
 pub use nix::mount::MsFlags;
 pub use session::{MountHandle, Mounted, mount};
 
-use crate::FileSystem;
+use crate::{Attr, FileSystem};
 use blocking::Blocking;
 use handles::Handles;
 use stats::FuseStats;
@@ -94,6 +95,15 @@ struct Shared {
 }
 
 impl Shared {
+    /// Attributes as fuser wants them.
+    fn file_attr(&self, attr: &Attr) -> FileAttr {
+        let blksize = match self.options.cache_mode {
+            CacheMode::Direct => attr::BLKSIZE_DIRECT,
+            CacheMode::Kernel => attr::BLKSIZE_CACHED,
+        };
+        attr::file_attr(attr, blksize)
+    }
+
     /// The section `fuse` of the statistics.
     fn stats_value(&self) -> Value {
         let stats = &self.stats;

@@ -15,7 +15,7 @@ use fuser::{
     ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
 };
 
-use super::attr::{bare_attr, cred, errno, file_attr, set_time, timestamp};
+use super::attr::{bare_attr, cred, errno, set_time, timestamp};
 use super::stats::{Opcode, Timer};
 use super::{ACL_SUPPORTED, CacheMode, FrontEnd, Shared, data, dir, init};
 use crate::{Attr, Errno, OpenFile, SetAttr, WriteFlags};
@@ -37,7 +37,7 @@ impl Shared {
         match result {
             Ok(attr) => {
                 let generation = Generation(attr.generation);
-                reply.entry(&self.options.timeout, &file_attr(&attr), generation);
+                reply.entry(&self.options.timeout, &self.file_attr(&attr), generation);
             }
             Err(error) => reply.error(errno(error)),
         }
@@ -47,7 +47,7 @@ impl Shared {
     fn end_attr(&self, timer: Timer, result: Result<Attr, Errno>, reply: ReplyAttr) {
         let ok = result.is_ok();
         match result {
-            Ok(attr) => reply.attr(&self.options.timeout, &file_attr(&attr)),
+            Ok(attr) => reply.attr(&self.options.timeout, &self.file_attr(&attr)),
             Err(error) => reply.error(errno(error)),
         }
         self.stats.end(timer, ok);
@@ -347,7 +347,7 @@ impl Filesystem for FrontEnd {
             Ok((attr, file)) => {
                 let handle = FileHandle(shared.handles.insert(file));
                 let generation = Generation(attr.generation);
-                let (attr, open) = (file_attr(&attr), shared.open_flags(flags));
+                let (attr, open) = (shared.file_attr(&attr), shared.open_flags(flags));
                 reply.created(&shared.options.timeout, &attr, generation, handle, open);
             }
             Err(error) => reply.error(errno(error)),
