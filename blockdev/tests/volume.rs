@@ -1,24 +1,13 @@
 //! The volume end to end on simulated devices and on files.
 
+mod common;
+
 use braidfs_blockdev::{
-    AlignedBuf, Backend, BlockDevice, ChunkKind, Class, FormatOptions, Kiobuf, OpenMode, SimDevice,
-    VolBlock, Volume, open_device,
+    AlignedBuf, Backend, ChunkKind, Class, FormatOptions, Kiobuf, OpenMode, VolBlock, Volume,
+    open_device,
 };
-use std::sync::Arc;
+use common::{MIB, as_devices, options, sims};
 use std::sync::mpsc::channel;
-
-const MIB: u64 = 1 << 20;
-
-fn sims(sizes: &[u64]) -> Vec<Arc<SimDevice>> {
-    let named = |(index, &size): (usize, &u64)| SimDevice::new(&format!("sim{index}"), size);
-    sizes.iter().enumerate().map(named).collect()
-}
-
-fn as_devices(sims: &[Arc<SimDevice>]) -> Vec<Arc<dyn BlockDevice>> {
-    sims.iter()
-        .map(|sim| sim.clone() as Arc<dyn BlockDevice>)
-        .collect()
-}
 
 fn pattern(len: usize, salt: u64) -> AlignedBuf {
     let mut buf = AlignedBuf::zeroed(len);
@@ -26,13 +15,6 @@ fn pattern(len: usize, salt: u64) -> AlignedBuf {
         word.copy_from_slice(&((index as u64) ^ (salt << 40)).to_le_bytes());
     }
     buf
-}
-
-fn options(stripe_unit_bytes: u32) -> FormatOptions {
-    FormatOptions {
-        stripe_unit_bytes,
-        ..FormatOptions::default()
-    }
 }
 
 #[test]
