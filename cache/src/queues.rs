@@ -164,9 +164,9 @@ impl Queues {
         })
     }
 
-    /// A folio was evicted from the small queue.
-    pub fn remember(&self, space: u64, page: u64) {
-        self.ghosts.add(space, page);
+    /// A folio of `pages` pages was evicted from the small queue.
+    pub fn remember(&self, space: u64, page: u64, pages: u64) {
+        self.ghosts.add(space, page, pages);
     }
 
     /// Pages in the small and the main queue.
@@ -211,10 +211,11 @@ impl Lists {
 }
 
 /// Keys of folios evicted lately: a direct-mapped table of fingerprints, each stamped with the
-/// number of evictions before it. An old or overwritten one is forgotten.
+/// number of pages evicted before it. One is forgotten when it is overwritten, or when as much as
+/// the arena holds has been evicted since: a stream that comes round later is a stream still.
 struct Ghosts {
     table: Box<[AtomicU64]>,
-    evictions: AtomicU64,
+    evicted: AtomicU64,
     age_max: u64,
 }
 
@@ -223,7 +224,7 @@ impl Ghosts {
         let slots = u64::from(pages).next_power_of_two();
         Self {
             table: (0..slots).map(|_| AtomicU64::new(0)).collect(),
-            evictions: AtomicU64::new(1),
+            evicted: AtomicU64::new(1),
             age_max: u64::from(pages),
         }
     }
@@ -238,9 +239,9 @@ impl Ghosts {
         (slot, hash >> 32)
     }
 
-    fn add(&self, space: u64, page: u64) {
+    fn add(&self, space: u64, page: u64, pages: u64) {
         let (slot, print) = self.key(space, page);
-        let stamp = self.evictions.fetch_add(1, Ordering::Relaxed) & 0xffff_ffff;
+        let stamp = self.evicted.fetch_add(pages, Ordering::Relaxed) & 0xffff_ffff;
         self.table[slot].store(print << 32 | stamp, Ordering::Relaxed);
     }
 
@@ -251,7 +252,7 @@ impl Ghosts {
             return false;
         }
         self.table[slot].store(0, Ordering::Relaxed);
-        let now = self.evictions.load(Ordering::Relaxed) & 0xffff_ffff;
+        let now = self.evicted.load(Ordering::Relaxed) & 0xffff_ffff;
         now.wrapping_sub(entry & 0xffff_ffff) & 0xffff_ffff <= self.age_max
     }
 }
@@ -286,12 +287,23 @@ mod tests {
     #[test]
     fn a_ghost_returns_to_the_main_queue() {
         let queues = Queues::new(512);
-        queues.remember(1, 7);
+        queues.remember(1, 7, 1);
         for (page, pages) in [(7, [0, 1]), (8, [1, 1])] {
             let slot = queues.begin(&Weak::new(), page, 0);
             queues.settle(slot, 1);
             assert_eq!(queues.pages(), pages);
         }
+    }
+
+    #[test]
+    fn a_ghost_is_forgotten_after_as_much_as_the_arena_holds() {
+        let queues = Queues::new(512);
+        queues.remember(1, 7, 256);
+        queues.remember(1, 1000, 256);
+        queues.remember(1, 2000, 256);
+        let slot = queues.begin(&Weak::new(), 7, 0);
+        queues.settle(slot, 1);
+        assert_eq!(queues.pages(), [1, 0]);
     }
 
     #[test]

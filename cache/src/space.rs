@@ -330,7 +330,7 @@ impl AddressSpace {
         let pages = folio.pages() as u64;
         let counters = &self.cache.counters;
         if candidate.from == Queue::Small {
-            queues.remember(self.id, candidate.page);
+            queues.remember(self.id, candidate.page, pages);
         }
         if folio.is_unused_readahead() {
             counters.readahead_wasted.add(pages);
