@@ -1,1 +1,35 @@
-//! placeholder
+//! braidfs: several devices as one striped, checksummed, crash-consistent file system.
+//!
+//! This crate is the file system's core, a plain library (operations in, replies out), with its
+//! FUSE front end in [`fuse`]. The layers below are `braidfs_cache` (pages) and
+//! `braidfs_blockdev` (kiobufs and devices).
+
+#![deny(unsafe_code)]
+
+mod alloc;
+mod attributes;
+pub mod cli;
+mod commit;
+mod data_backing;
+mod extent_map;
+mod file;
+mod file_ranges;
+mod filesystem;
+pub mod fsck;
+pub mod fuse;
+mod inode;
+mod meta;
+mod namespace;
+mod options;
+mod range_lock;
+mod reclaim;
+mod txg;
+mod types;
+mod xattr;
+
+pub use alloc::SpaceStats;
+pub use commit::TxgStats;
+pub use file::{IO_BYTES_MAX, OpenFile, ReadDone, ReadReply, WriteDone};
+pub use filesystem::{FileSystem, FsStats, MountError, format};
+pub use options::*;
+pub use types::*;

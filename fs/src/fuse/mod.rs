@@ -30,18 +30,19 @@ mod ops;
 mod session;
 mod stats;
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use fuser::FileAttr;
+use fuser::{FileAttr, INodeNo, Notifier};
+use log::debug;
 use serde_json::{Value, json};
 
 pub use attach::{AttachError, MountSpec, Unmount, abort_connection, unmount, unmount_if_ours};
 pub use nix::mount::MsFlags;
 pub use session::{MountHandle, Mounted, mount};
 
-use crate::{Attr, FileSystem};
+use crate::{Attr, FileSystem, Ino};
 use blocking::Blocking;
 use handles::Handles;
 use stats::FuseStats;
@@ -92,9 +93,22 @@ struct Shared {
     handles: Handles,
     stats: FuseStats,
     options: FuseOptions,
+    /// Set before the first request is read.
+    notifier: OnceLock<Notifier>,
 }
 
 impl Shared {
+    /// Has the kernel ask for the attributes of an inode again. It believes that no request but
+    /// SETATTR changes a mode, so it must be told when set-id bits went with a write.
+    fn forget_attributes(&self, ino: Ino) {
+        const NO_PAGES: i64 = -1;
+        if let Some(notifier) = self.notifier.get()
+            && let Err(error) = notifier.inval_inode(INodeNo(ino), NO_PAGES, 0)
+        {
+            debug!("inode {ino} is not in the kernel's cache: {error}");
+        }
+    }
+
     /// Attributes as fuser wants them.
     fn file_attr(&self, attr: &Attr) -> FileAttr {
         let blksize = match self.options.cache_mode {

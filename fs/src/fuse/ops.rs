@@ -123,23 +123,27 @@ impl Shared {
         Ok(FileHandle(self.handles.insert(file)))
     }
 
+    /// Whether a file has set-id bits, which most changes of its content take away.
+    fn has_set_ids(&self, file: &OpenFile) -> bool {
+        const SET_IDS: u32 = libc::S_ISUID | libc::S_ISGID;
+        self.fs
+            .getattr(file.ino())
+            .is_ok_and(|attr| attr.mode & SET_IDS != 0)
+    }
+
     /// Changes of content that are no WRITE carry no flag for it: an ordinary user's clear the
     /// set-id bits.
-    fn drop_privileges(&self, request_uid: u32, file: &OpenFile) -> Result<(), Errno> {
-        if request_uid == ROOT_UID {
-            return Ok(());
-        }
-        let mode = self.fs.getattr(file.ino())?.mode;
-        if mode & (libc::S_ISUID | libc::S_ISGID) == 0 {
+    fn drop_set_ids(&self, uid: u32, file: &OpenFile) -> Result<(), Errno> {
+        if uid == ROOT_UID || !self.has_set_ids(file) {
             return Ok(());
         }
         let set = SetAttr {
             kill_suidgid: true,
             ..SetAttr::default()
         };
-        self.fs
-            .setattr(file.ino(), &set, &crate::Cred::default())
-            .map(drop)
+        self.fs.setattr(file.ino(), &set, &crate::Cred::default())?;
+        self.forget_attributes(file.ino());
+        Ok(())
     }
 }
 
@@ -405,7 +409,14 @@ impl Filesystem for FrontEnd {
             // write-back cache does the kernel keep size and times itself.
             from_kernel_cache: cached && shared.options.cache_mode == CacheMode::Kernel,
         };
-        let done = move |result| data::answer_write(&shared, timer, result, reply);
+        let set_ids_go = write_flags.kill_suidgid && shared.has_set_ids(&file);
+        let ino = file.ino();
+        let done = move |result| {
+            if set_ids_go {
+                shared.forget_attributes(ino);
+            }
+            data::answer_write(&shared, timer, result, reply);
+        };
         self.shared
             .fs
             .write(&file, offset, data, direct, write_flags, Box::new(done));
@@ -578,7 +589,7 @@ impl Filesystem for FrontEnd {
         let uid = request.uid();
         self.blocking.run(move || {
             let result = shared.file(fh).and_then(|file| {
-                shared.drop_privileges(uid, &file)?;
+                shared.drop_set_ids(uid, &file)?;
                 shared.fs.fallocate(&file, mode, offset, length)
             });
             shared.end_empty(timer, result, reply);
@@ -628,7 +639,7 @@ impl Filesystem for FrontEnd {
         self.blocking.run(move || {
             let result = shared.file(fh_in).and_then(|from| {
                 let to = shared.file(fh_out)?;
-                shared.drop_privileges(uid, &to)?;
+                shared.drop_set_ids(uid, &to)?;
                 let len = len.min(COPY_BYTES_MAX);
                 let copied = shared
                     .fs

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use fuser::{Config, Session, SessionACL};
 use log::debug;
@@ -59,9 +59,6 @@ fn start(
     let entry = mounts::mount_at(&spec.mount_point)
         .and_then(|entry| entry.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound)))
         .map_err(session_error)?;
-    if options.cache_mode == CacheMode::Kernel {
-        raise_read_ahead(entry.dev);
-    }
     let mut config = Config::default();
     config.n_threads = Some(options.threads);
     config.clone_fd = attach::can_clone_connection();
@@ -75,6 +72,7 @@ fn start(
         handles: Handles::default(),
         stats: FuseStats::new(),
         options,
+        notifier: OnceLock::new(),
     });
     let front_end = FrontEnd {
         shared: Arc::clone(&shared),
@@ -82,6 +80,12 @@ fn start(
     };
     let session =
         Session::from_fd(front_end, connection, acl, config).map_err(AttachError::Session)?;
+    // The only place that sets it.
+    drop(shared.notifier.set(session.notifier()));
+    if shared.options.cache_mode == CacheMode::Kernel {
+        // Only now: the kernel has just set it to what was negotiated.
+        raise_read_ahead(entry.dev);
+    }
     let mount_point = spec.mount_point.clone();
     Ok(Mounted {
         session,

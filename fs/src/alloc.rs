@@ -1,0 +1,520 @@
+//! Free space of the volume: reservation, allocation, and giving back after commit.
+//!
+//! A write *reserves* its blocks before it dirties pages, so that the volume being full is the
+//! writer's error and never a later surprise. Writeback *allocates* against the reservation.
+//! Blocks that a transaction group frees are *pending* until the group is durable: until then a
+//! crash would bring their old owner back.
+//!
+//! The map in memory says what may be handed out now; the table on disk says what is free in the
+//! durable state. A [`SpaceLog`] carries the difference that one group makes from the first to
+//! the second, so the commit needs no copy of the map.
+//!
+//! Accounting, in blocks, all under one lock: `free` is handed out or reserved and never lent
+//! twice, `reserved <= free` always.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use braidfs_blockdev::{BLOCK_SIZE, Chunk, ChunkKind, Volume};
+use parking_lot::Mutex;
+use redb::ReadableTable;
+
+use crate::Errno;
+
+/// Runs of blocks: start -> length, disjoint, never adjacent.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct RunSet {
+    runs: BTreeMap<u64, u64>,
+    blocks: u64,
+}
+
+impl RunSet {
+    /// Adds a run that overlaps none; joins it with its neighbours. Returns false, and changes
+    /// nothing, if it does overlap.
+    pub(crate) fn insert(&mut self, start: u64, len: u64) -> bool {
+        let (mut from, mut to) = (start, start + len);
+        if let Some((&before, &before_len)) = self.runs.range(..start).next_back() {
+            if before + before_len > start {
+                return false;
+            }
+            if before + before_len == start {
+                from = before;
+            }
+        }
+        if let Some((&after, &after_len)) = self.runs.range(start..).next() {
+            if after < to {
+                return false;
+            }
+            if after == to {
+                to = after + after_len;
+                self.runs.remove(&after);
+            }
+        }
+        self.runs.insert(from, to - from);
+        self.blocks += len;
+        true
+    }
+
+    /// Takes `len` blocks at `start`, which must lie inside one run.
+    fn take(&mut self, start: u64, len: u64) {
+        let (&run, &run_len) = self.runs.range(..=start).next_back().expect("inside a run");
+        debug_assert!(run <= start && start + len <= run + run_len, "inside a run");
+        self.runs.remove(&run);
+        if run < start {
+            self.runs.insert(run, start - run);
+        }
+        if start + len < run + run_len {
+            self.runs.insert(start + len, run + run_len - start - len);
+        }
+        self.blocks -= len;
+    }
+
+    pub(crate) fn blocks(&self) -> u64 {
+        self.blocks
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        self.runs.iter().map(|(&start, &len)| (start, len))
+    }
+
+    fn is_empty(&self) -> bool {
+        self.runs.is_empty()
+    }
+}
+
+/// What one transaction group did to the free space.
+#[derive(Debug, Default)]
+pub(crate) struct SpaceLog {
+    /// New chunks: start, length; and the highest chunk id among them.
+    added: Vec<(u64, u64)>,
+    known_chunk: Option<u32>,
+    allocated: RunSet,
+    freed: Vec<(u64, u64)>,
+}
+
+/// Key in the free table whose value is the highest data chunk id that the table accounts for.
+pub(crate) const FREE_KNOWN_CHUNK_KEY: u64 = u64::MAX;
+
+fn corrupted(what: &str, start: u64, len: u64) -> redb::Error {
+    redb::Error::Corrupted(format!("free space: {what} blocks {start}+{len}"))
+}
+
+fn remove_free(
+    table: &mut redb::Table<'_, u64, u64>,
+    start: u64,
+    len: u64,
+) -> Result<(), redb::Error> {
+    let run = table.range(..=start)?.next_back().transpose()?;
+    let Some((run, run_len)) = run.map(|(k, v)| (k.value(), v.value())) else {
+        return Err(corrupted("allocated but not free:", start, len));
+    };
+    if run.checked_add(run_len).is_none_or(|end| end < start + len) {
+        return Err(corrupted("allocated but not free:", start, len));
+    }
+    table.remove(run)?;
+    if run < start {
+        table.insert(run, start - run)?;
+    }
+    if start + len < run + run_len {
+        table.insert(start + len, run + run_len - start - len)?;
+    }
+    Ok(())
+}
+
+fn insert_free(
+    table: &mut redb::Table<'_, u64, u64>,
+    start: u64,
+    len: u64,
+) -> Result<(), redb::Error> {
+    let (mut from, mut to) = (start, start + len);
+    let before = table.range(..start)?.next_back().transpose()?;
+    let before = before.map(|(k, v)| (k.value(), v.value()));
+    if let Some((run, run_len)) = before {
+        if run + run_len > start {
+            return Err(corrupted("freed twice:", start, len));
+        }
+        if run + run_len == start {
+            from = run;
+        }
+    }
+    let after = table
+        .range(start..FREE_KNOWN_CHUNK_KEY)?
+        .next()
+        .transpose()?;
+    let after = after.map(|(k, v)| (k.value(), v.value()));
+    if let Some((run, run_len)) = after {
+        if run < to {
+            return Err(corrupted("freed twice:", start, len));
+        }
+        if run == to {
+            to = run + run_len;
+            table.remove(run)?;
+        }
+    }
+    table.insert(from, to - from)?;
+    Ok(())
+}
+
+impl SpaceLog {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.added.is_empty() && self.allocated.is_empty() && self.freed.is_empty()
+    }
+
+    /// Carries the changes over to the table of the durable state.
+    pub(crate) fn apply(&self, table: &mut redb::Table<'_, u64, u64>) -> Result<(), redb::Error> {
+        for &(start, len) in &self.added {
+            insert_free(table, start, len)?;
+        }
+        for (start, len) in self.allocated.iter() {
+            remove_free(table, start, len)?;
+        }
+        for &(start, len) in &self.freed {
+            insert_free(table, start, len)?;
+        }
+        if let Some(id) = self.known_chunk {
+            table.insert(FREE_KNOWN_CHUNK_KEY, u64::from(id))?;
+        }
+        Ok(())
+    }
+
+    /// Blocks that become usable once the group is durable.
+    pub(crate) fn freed(&self) -> &[(u64, u64)] {
+        &self.freed
+    }
+}
+
+struct Inner {
+    free: RunSet,
+    reserved: u64,
+    /// Freed in the open or the committing group.
+    pending: u64,
+    /// Where the last allocation ended: the next one goes on from there.
+    cursor: u64,
+    log: SpaceLog,
+    /// All blocks of data chunks.
+    chunk_blocks: u64,
+}
+
+/// Space counters, in blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct SpaceStats {
+    /// Blocks of all data chunks.
+    pub chunk_blocks: u64,
+    /// Free, including what is reserved.
+    pub free_blocks: u64,
+    /// Promised to dirty pages.
+    pub reserved_blocks: u64,
+    /// Freed, usable after the next commit.
+    pub pending_blocks: u64,
+    /// Not yet in any chunk, and not kept for metadata.
+    pub unallocated_blocks: u64,
+    /// Runs of free blocks.
+    pub free_runs: u64,
+}
+
+/// The allocator of data blocks.
+pub(crate) struct Allocator {
+    volume: Arc<Volume>,
+    inner: Mutex<Inner>,
+    /// Bytes of unallocated device space that data may not take.
+    meta_reserve_bytes: u64,
+    /// One chunk is made at a time.
+    growing: Mutex<()>,
+}
+
+/// Share of the volume kept for metadata to grow into: 1/64, but at least two metadata chunks.
+const META_RESERVE_SHARE: u64 = 64;
+
+/// A run shorter than this many blocks is passed over while a longer one is near.
+const RUN_BLOCKS_WANTED: u64 = 64;
+
+/// How many runs are looked at for a long one.
+const RUNS_LOOKED_AT_MAX: usize = 64;
+
+impl Allocator {
+    /// Builds the map from the durable table; chunks that the table does not know yet (a crash
+    /// came between making one and the next commit) are added.
+    pub(crate) fn load(
+        volume: Arc<Volume>,
+        scan: impl FnOnce(&mut dyn FnMut(u64, u64)) -> Result<(), redb::Error>,
+    ) -> Result<Self, redb::Error> {
+        let mut free = RunSet::default();
+        let mut known = None;
+        let mut damaged = None;
+        scan(&mut |start, len| {
+            if start == FREE_KNOWN_CHUNK_KEY {
+                known = Some(len);
+            } else if len == 0 || start.checked_add(len).is_none() || !free.insert(start, len) {
+                damaged = Some((start, len));
+            }
+        })?;
+        if let Some((start, len)) = damaged {
+            return Err(corrupted("overlapping or impossible free", start, len));
+        }
+        let mut log = SpaceLog::default();
+        let mut chunk_blocks = 0;
+        let chunks = volume.chunks();
+        for chunk in chunks.iter().filter(|chunk| chunk.kind == ChunkKind::Data) {
+            chunk_blocks += chunk.len_blocks;
+            if known.is_none_or(|known| u64::from(chunk.id) > known) {
+                if !free.insert(chunk.start.0, chunk.len_blocks) {
+                    return Err(corrupted(
+                        "chunk is free twice:",
+                        chunk.start.0,
+                        chunk.len_blocks,
+                    ));
+                }
+                log.added.push((chunk.start.0, chunk.len_blocks));
+                log.known_chunk = log.known_chunk.max(Some(chunk.id));
+            }
+        }
+        let total: u64 = volume.unallocated_bytes()
+            + chunks
+                .iter()
+                .map(|chunk| chunk.len_blocks * BLOCK_SIZE)
+                .sum::<u64>();
+        let meta_reserve_bytes = (total / META_RESERVE_SHARE).max(2 * volume.meta_chunk_bytes());
+        let inner = Inner {
+            free,
+            reserved: 0,
+            pending: 0,
+            cursor: 0,
+            log,
+            chunk_blocks,
+        };
+        Ok(Self {
+            volume,
+            inner: Mutex::new(inner),
+            meta_reserve_bytes,
+            growing: Mutex::new(()),
+        })
+    }
+
+    /// Sets `blocks` aside. Makes a new chunk where needed, which may take device I/O: call it
+    /// with no lock held. `NOSPC` when the volume is full; a commit may then free some.
+    pub(crate) fn reserve(&self, blocks: u64) -> Result<(), Errno> {
+        loop {
+            {
+                let mut inner = self.inner.lock();
+                if inner.free.blocks() - inner.reserved >= blocks {
+                    inner.reserved += blocks;
+                    return Ok(());
+                }
+            }
+            let _one = self.growing.lock();
+            let enough = {
+                let inner = self.inner.lock();
+                inner.free.blocks() - inner.reserved >= blocks
+            };
+            if !enough {
+                self.add_chunk()?;
+            }
+        }
+    }
+
+    fn add_chunk(&self) -> Result<(), Errno> {
+        let chunk: Chunk = self
+            .volume
+            .allocate_chunk(ChunkKind::Data, self.meta_reserve_bytes)
+            .map_err(|_| Errno::NOSPC)?;
+        let mut inner = self.inner.lock();
+        let fresh = inner.free.insert(chunk.start.0, chunk.len_blocks);
+        assert!(fresh, "a new chunk overlaps no free run");
+        inner.chunk_blocks += chunk.len_blocks;
+        inner.log.added.push((chunk.start.0, chunk.len_blocks));
+        inner.log.known_chunk = inner.log.known_chunk.max(Some(chunk.id));
+        Ok(())
+    }
+
+    /// Gives a reservation back.
+    pub(crate) fn unreserve(&self, blocks: u64) {
+        let mut inner = self.inner.lock();
+        debug_assert!(
+            inner.reserved >= blocks,
+            "more given back than was reserved"
+        );
+        inner.reserved = inner.reserved.saturating_sub(blocks);
+    }
+
+    /// Turns `blocks` of the reservation into runs of blocks, as few and as near to each other
+    /// as free space allows, pushed to `out`.
+    pub(crate) fn allocate(&self, mut blocks: u64, out: &mut Vec<(u64, u64)>) -> Result<(), Errno> {
+        let mut inner = self.inner.lock();
+        if inner.free.blocks() < blocks {
+            log::error!("allocator: {blocks} reserved blocks are not there");
+            return Err(Errno::NOSPC);
+        }
+        inner.reserved = inner.reserved.saturating_sub(blocks);
+        while blocks > 0 {
+            let cursor = inner.cursor;
+            let wanted = blocks.min(RUN_BLOCKS_WANTED);
+            let (start, len) = find_run(&inner.free, cursor, wanted);
+            let len = len.min(blocks);
+            inner.free.take(start, len);
+            let fresh = inner.log.allocated.insert(start, len);
+            assert!(fresh, "a block is handed out once between two commits");
+            inner.cursor = start + len;
+            blocks -= len;
+            out.push((start, len));
+        }
+        Ok(())
+    }
+
+    /// Frees blocks of the durable or the open state; usable after the next commit.
+    pub(crate) fn free(&self, start: u64, len: u64) {
+        let mut inner = self.inner.lock();
+        inner.pending += len;
+        inner.log.freed.push((start, len));
+    }
+
+    /// Takes an allocation back that never got mapped (its write failed) and reserves it again.
+    pub(crate) fn unallocate(&self, start: u64, len: u64) {
+        let mut inner = self.inner.lock();
+        inner.log.allocated.take(start, len);
+        let fresh = inner.free.insert(start, len);
+        assert!(fresh, "an allocated run was not free");
+        inner.reserved += len;
+    }
+
+    /// Ends the group: what follows belongs to the next one.
+    pub(crate) fn freeze(&self) -> SpaceLog {
+        std::mem::take(&mut self.inner.lock().log)
+    }
+
+    /// Whether the open group changed nothing.
+    pub(crate) fn open_is_empty(&self) -> bool {
+        self.inner.lock().log.is_empty()
+    }
+
+    /// The group is durable and nobody reads its freed blocks any more: hand them out again.
+    pub(crate) fn release(&self, log: &SpaceLog) {
+        let mut inner = self.inner.lock();
+        for &(start, len) in log.freed() {
+            let fresh = inner.free.insert(start, len);
+            assert!(fresh, "a pending block was not free");
+            inner.pending -= len;
+        }
+    }
+
+    /// Blocks freed but not yet usable: a commit would bring them back.
+    pub(crate) fn pending(&self) -> u64 {
+        self.inner.lock().pending
+    }
+
+    /// Counters.
+    pub(crate) fn stats(&self) -> SpaceStats {
+        let unallocated = self
+            .volume
+            .unallocated_bytes()
+            .saturating_sub(self.meta_reserve_bytes);
+        let inner = self.inner.lock();
+        SpaceStats {
+            chunk_blocks: inner.chunk_blocks,
+            free_blocks: inner.free.blocks(),
+            reserved_blocks: inner.reserved,
+            pending_blocks: inner.pending,
+            unallocated_blocks: unallocated / BLOCK_SIZE,
+            free_runs: inner.free.runs.len() as u64,
+        }
+    }
+}
+
+/// The next run from `cursor` on (around the end) with at least `wanted` blocks after it, or, when
+/// none of the first few has, the longest of those. `free` is not empty.
+fn find_run(free: &RunSet, cursor: u64, wanted: u64) -> (u64, u64) {
+    let inside = free
+        .runs
+        .range(..cursor)
+        .next_back()
+        .and_then(|(&start, &len)| (start + len > cursor).then(|| (cursor, start + len - cursor)));
+    let mut best = (0, 0);
+    let onward = free.runs.range(cursor..).map(|(&start, &len)| (start, len));
+    let around = free.runs.iter().map(|(&start, &len)| (start, len));
+    for (start, len) in inside
+        .into_iter()
+        .chain(onward)
+        .chain(around)
+        .take(RUNS_LOOKED_AT_MAX)
+    {
+        if len >= wanted {
+            return (start, len);
+        }
+        if len > best.1 {
+            best = (start, len);
+        }
+    }
+    best
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn runs_join_and_split() {
+        let mut set = RunSet::default();
+        assert!(set.insert(10, 5));
+        assert!(set.insert(20, 5));
+        assert!(set.insert(15, 5));
+        assert_eq!(set.iter().collect::<Vec<_>>(), [(10, 15)]);
+        assert!(!set.insert(24, 2));
+        set.take(12, 3);
+        assert_eq!(set.iter().collect::<Vec<_>>(), [(10, 2), (15, 10)]);
+        assert_eq!(set.blocks(), 12);
+    }
+
+    #[test]
+    fn a_long_run_is_preferred_to_a_near_splinter() {
+        let mut set = RunSet::default();
+        set.insert(0, 2);
+        set.insert(10, 100);
+        assert_eq!(find_run(&set, 0, 64), (10, 100));
+        assert_eq!(find_run(&set, 0, 1), (0, 2));
+        assert_eq!(find_run(&set, 50, 60), (50, 60));
+        assert_eq!(find_run(&set, 90, 64), (10, 100));
+    }
+
+    proptest! {
+        /// The log applied to the table gives the map in memory, whatever the history.
+        #[test]
+        fn the_log_brings_the_table_to_the_map(ops in proptest::collection::vec((0u8..4, 1u64..40), 1..60)) {
+            let db = redb::Database::builder()
+                .create_with_backend(redb::backends::InMemoryBackend::new()).unwrap();
+            const T: redb::TableDefinition<'static, u64, u64> = redb::TableDefinition::new("t");
+            let mut map = RunSet::default();
+            let mut log = SpaceLog::default();
+            map.insert(100, 1000);
+            log.added.push((100, 1000));
+            let mut owned: Vec<(u64, u64)> = Vec::new();
+            for (op, len) in ops {
+                match op {
+                    0 | 1 if map.blocks() > 0 => {
+                        let (start, run) = find_run(&map, 100 + len * 7, len);
+                        let len = len.min(run);
+                        map.take(start, len);
+                        prop_assert!(log.allocated.insert(start, len));
+                        owned.push((start, len));
+                    }
+                    2 if !owned.is_empty() => {
+                        let run = owned.swap_remove(usize::try_from(len).unwrap() % owned.len());
+                        log.freed.push(run);
+                    }
+                    _ => {
+                        let write = db.begin_write().unwrap();
+                        log.apply(&mut write.open_table(T).unwrap()).unwrap();
+                        write.commit().unwrap();
+                        for (start, len) in std::mem::take(&mut log).freed {
+                            prop_assert!(map.insert(start, len));
+                        }
+                        use redb::ReadableDatabase;
+                        let read = db.begin_read().unwrap();
+                        let table: Vec<_> = read.open_table(T).unwrap().iter().unwrap()
+                            .map(|e| { let (k, v) = e.unwrap(); (k.value(), v.value()) }).collect();
+                        prop_assert_eq!(table, map.iter().collect::<Vec<_>>());
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! Attributes: stat, chmod, chown, utimes and truncation.
+//!
+//! A shrinking truncation of a huge file goes down in bounded steps, each a whole truncation of
+//! its own, with a row in the orphan table that names the goal: a crash in between leaves a file
+//! of a size in between, and the next mount completes it.
+
+use std::sync::Arc;
+
+use crate::filesystem::FileSystem;
+use crate::inode::{Inode, PAGE};
+use crate::meta::records::{Orphan, ino_key};
+use crate::meta::store::Table;
+use crate::{Attr, Cred, Errno, FILE_SIZE_MAX, Ino, SetAttr, SetTime, Timestamp};
+
+/// Extents that one transaction group removes at the most in one step.
+const EXTENTS_PER_STEP: usize = 4096;
+
+/// The mode after a write by somebody who may not keep set-id bits.
+pub(crate) fn without_set_ids(mode: u32) -> u32 {
+    let mode = mode & !libc::S_ISUID;
+    if mode & libc::S_IXGRP != 0 {
+        mode & !libc::S_ISGID
+    } else {
+        mode
+    }
+}
+
+fn time_of(set: SetTime, now: Timestamp) -> Timestamp {
+    match set {
+        SetTime::Now => now,
+        SetTime::At(time) => time,
+    }
+}
+
+impl FileSystem {
+    /// Attributes of an inode.
+    pub fn getattr(&self, ino: Ino) -> Result<Attr, Errno> {
+        Ok(self.inode(ino)?.attr())
+    }
+
+    /// Changes attributes; returns them as they are then.
+    pub fn setattr(&self, ino: Ino, set: &SetAttr, _cred: &Cred) -> Result<Attr, Errno> {
+        self.check_writable()?;
+        let inode = self.inode(ino)?;
+        if let Some(size) = set.size {
+            self.truncate(&inode, size)?;
+        }
+        let _pass = self.gate.enter();
+        {
+            let mut state = inode.state.lock();
+            let attr = &mut state.attr;
+            let now = Timestamp::now();
+            if set.kill_suidgid {
+                attr.mode = without_set_ids(attr.mode);
+            }
+            if let Some(mode) = set.mode {
+                attr.mode = attr.mode & libc::S_IFMT | mode & !libc::S_IFMT;
+            }
+            if let Some(uid) = set.uid {
+                attr.uid = uid;
+            }
+            if let Some(gid) = set.gid {
+                attr.gid = gid;
+            }
+            if let Some(time) = set.atime {
+                attr.atime = time_of(time, now);
+            }
+            if let Some(time) = set.mtime {
+                attr.mtime = time_of(time, now);
+            }
+            attr.ctime = set.ctime.unwrap_or(now);
+        }
+        self.mark_dirty(&inode);
+        Ok(inode.attr())
+    }
+
+    /// Sets the size of a file.
+    pub(crate) fn truncate(&self, inode: &Arc<Inode>, size: u64) -> Result<(), Errno> {
+        let attr = inode.state.lock().attr;
+        if attr.is_dir() {
+            return Err(Errno::ISDIR);
+        }
+        if !attr.is_file() {
+            return Err(Errno::INVAL);
+        }
+        if size > FILE_SIZE_MAX {
+            return Err(Errno::FBIG);
+        }
+        let mut stepped = false;
+        loop {
+            // The tail of the last page that stays is zeroed, which may need a block.
+            let tail = u64::from(!size.is_multiple_of(PAGE));
+            self.balance_group()?;
+            self.reserve(tail)?;
+            let pass = self.gate.enter();
+            let now = inode.state.lock().attr.size;
+            let step = if size < now {
+                self.step_size(inode, size)?
+            } else {
+                size
+            };
+            if step > size && !stepped {
+                let row = Orphan::Truncate(size).encode();
+                self.store.put(Table::Orphans, &ino_key(inode.ino), &row);
+                stepped = true;
+            }
+            let tail_used = self.set_size(inode, step);
+            if step == size && stepped {
+                self.store.delete(Table::Orphans, &ino_key(inode.ino));
+            }
+            drop(pass);
+            self.space
+                .unreserve(tail - tail_used.as_ref().copied().unwrap_or(0).min(tail));
+            tail_used?;
+            if step == size {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The size that the next step of a truncation to `size` may go down to.
+    fn step_size(&self, inode: &Inode, size: u64) -> Result<u64, Errno> {
+        let goal = size.div_ceil(PAGE);
+        let mut at = u64::MAX >> 12;
+        let _map = inode.map.read();
+        for _ in 0..EXTENTS_PER_STEP {
+            match self.extents(inode.ino).last_at_most(at)? {
+                Some(extent) if extent.start > goal => at = extent.start - 1,
+                _ => return Ok(size),
+            }
+        }
+        Ok((at + 1) * PAGE)
+    }
+
+    /// Sets the size in one go. Returns how many blocks of the caller's reservation dirty pages
+    /// now hold. The caller holds a pass.
+    fn set_size(&self, inode: &Arc<Inode>, size: u64) -> Result<u64, Errno> {
+        let _range = inode.ranges.exclusive(size / PAGE * PAGE, u64::MAX);
+        let old = inode.state.lock().attr.size;
+        let mut used = 0;
+        if size < old {
+            if !size.is_multiple_of(PAGE) {
+                let tail = PAGE - size % PAGE;
+                used = match self.pages(inode).zero(size, tail) {
+                    Ok(outcome) => outcome.newly_dirty_pages,
+                    Err((error, _)) => return Err(crate::file::errno(error)),
+                };
+            }
+            inode.state.lock().attr.size = size;
+            self.remove_blocks(inode, size.div_ceil(PAGE), u64::MAX >> 12)?;
+        }
+        {
+            let mut state = inode.state.lock();
+            let now = Timestamp::now();
+            state.attr.size = size;
+            state.attr.mtime = now;
+            state.attr.ctime = now;
+        }
+        self.mark_dirty(inode);
+        Ok(used)
+    }
+
+    /// Unmaps file blocks `from..to` and drops their pages. The caller holds a pass and the range
+    /// exclusively.
+    pub(crate) fn remove_blocks(
+        &self,
+        inode: &Arc<Inode>,
+        from: u64,
+        to: u64,
+    ) -> Result<(), Errno> {
+        let Some(pages) = braidfs_cache::PageRange::new(from, to) else {
+            return Ok(());
+        };
+        let discard = || {
+            if let Some(space) = inode.space() {
+                self.space.unreserve(space.discard(pages));
+            }
+        };
+        discard();
+        let removed = {
+            let _map = inode.map.write();
+            self.extents(inode.ino).remove(from, to)?
+        };
+        // A readahead may have fetched pages through the old map.
+        discard();
+        let mut state = inode.state.lock();
+        state.attr.blocks = state.attr.blocks.saturating_sub(removed * (PAGE / 512));
+        Ok(())
+    }
+}

@@ -1,0 +1,289 @@
+//! Commits: when, in which order, and who waits for them.
+//!
+//! One thread commits. A commit
+//! 1. writes back what is dirty while operations go on,
+//! 2. closes the gate and writes back the rest, so that the data of every operation so far is on
+//!    the devices and mapped,
+//! 3. encodes the dirty inodes and freezes the group: a prefix of the history,
+//! 4. opens the gate,
+//! 5. applies the group to redb and commits it. redb syncs before it moves its root, and that
+//!    sync flushes the devices, so data is durable before anything points to it,
+//! 6. waits for those who still read blocks that the group freed, and hands these out again.
+//!
+//! Those who wait (fsync, ENOSPC, unmount) share a commit: each needs one whose gate closed after
+//! its call. A commit that fails leaves the durable state as it was and turns the file system
+//! read-only; the waiters get EIO.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use braidfs_cache::SpaceClass;
+use parking_lot::{Condvar, Mutex};
+
+use crate::Errno;
+use crate::filesystem::FileSystem;
+
+/// Step 1 is repeated while more than this is dirty, to keep step 2 short.
+const REST_BYTES: u64 = 16 << 20;
+
+/// How often step 1 is repeated at the most.
+const PREPARE_ROUNDS_MAX: usize = 3;
+
+/// An open group larger than this is committed before its time.
+const GROUP_BYTES_MAX: usize = 32 << 20;
+
+#[derive(Default)]
+struct State {
+    /// Commits whose gate has been closed (counted just before).
+    closed: u64,
+    /// Commits that ended, well or not.
+    ended: u64,
+    /// Somebody waits for a commit beyond this count of `closed`.
+    wanted: u64,
+    stop: bool,
+}
+
+/// Counters of the transaction groups.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub struct TxgStats {
+    /// Commits so far.
+    pub commits: u64,
+    /// Commits that failed.
+    pub failures: u64,
+    /// Callers that waited for a commit (fsync and the like); shared ones count each.
+    pub waiters: u64,
+    /// Time from the start of a commit to its end: sum over all commits, microseconds.
+    pub commit_us_total: u64,
+    /// The longest commit, microseconds.
+    pub commit_us_max: u64,
+    /// The last commit, microseconds.
+    pub commit_us_last: u64,
+    /// Time in which operations had to wait at the gate: sum, microseconds.
+    pub gate_us_total: u64,
+    /// The longest such time, microseconds.
+    pub gate_us_max: u64,
+    /// Memory of the group that the last commit wrote, in bytes.
+    pub group_bytes_last: u64,
+}
+
+/// The state of committing.
+#[derive(Default)]
+pub(crate) struct Committer {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Number of the open group, from 1.
+    open_group: AtomicU64,
+    /// Number of the last durable group.
+    durable_group: AtomicU64,
+    stats: Mutex<TxgStats>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Committer {
+    /// Number of the group that changes now go into.
+    pub(crate) fn open_group(&self) -> u64 {
+        self.open_group.load(Ordering::SeqCst) + 1
+    }
+
+    /// Whether group `number` is durable.
+    pub(crate) fn is_durable(&self, number: u64) -> bool {
+        self.durable_group.load(Ordering::SeqCst) >= number
+    }
+
+    pub(crate) fn stats(&self) -> TxgStats {
+        *self.stats.lock()
+    }
+
+    pub(crate) fn keep_threads(&self, threads: [JoinHandle<()>; 2]) {
+        self.threads.lock().extend(threads);
+    }
+
+    /// Ends the committing thread, without a last commit, and waits for all threads.
+    pub(crate) fn stop(&self) {
+        self.state.lock().stop = true;
+        self.changed.notify_all();
+        let threads = std::mem::take(&mut *self.threads.lock());
+        for thread in threads {
+            // A thread may be the one that drops the file system.
+            if thread.thread().id() != std::thread::current().id() && thread.join().is_err() {
+                log::error!("a file-system thread panicked");
+            }
+        }
+    }
+
+    /// Asks for a commit soon, without waiting for it.
+    pub(crate) fn nudge(&self) {
+        let mut state = self.state.lock();
+        let wanted = state.closed + 1;
+        if state.wanted < wanted {
+            state.wanted = wanted;
+            drop(state);
+            self.changed.notify_all();
+        }
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}
+
+impl FileSystem {
+    /// Waits until everything done so far is durable. Call it without a pass and without locks.
+    pub(crate) fn commit_now(&self) -> Result<(), Errno> {
+        let committer = &self.committer;
+        committer.stats.lock().waiters += 1;
+        let mut state = committer.state.lock();
+        let mine = state.closed + 1;
+        state.wanted = state.wanted.max(mine);
+        committer.changed.notify_all();
+        while state.ended < mine && !state.stop {
+            committer.changed.wait(&mut state);
+        }
+        drop(state);
+        if self.failed.load(Ordering::SeqCst) {
+            Err(Errno::IO)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Asks for an early commit when the open group has grown large; waits when it is far too
+    /// large. Call it without a pass.
+    pub(crate) fn balance_group(&self) -> Result<(), Errno> {
+        let bytes = self.store.open_bytes();
+        if bytes > 2 * GROUP_BYTES_MAX {
+            return self.commit_now();
+        }
+        if bytes > GROUP_BYTES_MAX {
+            self.committer.nudge();
+        }
+        Ok(())
+    }
+
+    /// Everything is durable when this returns well.
+    pub fn sync(&self) -> Result<(), Errno> {
+        if self.options.read_only {
+            Ok(())
+        } else {
+            self.commit_now()
+        }
+    }
+
+    /// The committing thread.
+    pub(crate) fn run_commits(&self) {
+        let committer = &self.committer;
+        loop {
+            let deadline = Instant::now() + self.options.commit_interval;
+            let mut state = committer.state.lock();
+            while !state.stop && state.wanted <= state.closed {
+                if committer
+                    .changed
+                    .wait_until(&mut state, deadline)
+                    .timed_out()
+                {
+                    break;
+                }
+            }
+            if state.stop {
+                return;
+            }
+            let asked = state.wanted > state.closed;
+            drop(state);
+            if !self.options.read_only && (asked || self.is_changed()) {
+                self.commit_once();
+            } else {
+                self.end_empty();
+            }
+            self.inodes.sweep();
+        }
+    }
+
+    fn is_changed(&self) -> bool {
+        !self.store.open_is_empty()
+            || !self.space.open_is_empty()
+            || !self.dirty.lock().is_empty()
+            || self.cache.dirty_bytes() > 0
+    }
+
+    fn end_empty(&self) {
+        let mut state = self.committer.state.lock();
+        state.closed += 1;
+        state.ended = state.closed;
+        drop(state);
+        self.committer.changed.notify_all();
+    }
+
+    fn commit_once(&self) {
+        if self.failed.load(Ordering::SeqCst) {
+            return self.end_empty();
+        }
+        let began = Instant::now();
+        for _ in 0..PREPARE_ROUNDS_MAX {
+            if self.cache.dirty_bytes() == 0 {
+                break;
+            }
+            self.cache.flush_all(SpaceClass::Data);
+            if self.cache.dirty_bytes() < REST_BYTES {
+                break;
+            }
+        }
+        self.committer.state.lock().closed += 1;
+        let closing = Instant::now();
+        self.gate.close();
+        self.cache.flush_all(SpaceClass::Data);
+        let changed = self.is_changed();
+        if changed {
+            self.encode_dirty();
+        }
+        let group_bytes = self.store.open_bytes() as u64;
+        let log = self.space.freeze();
+        self.store.freeze();
+        let group = self.committer.open_group.fetch_add(1, Ordering::SeqCst) + 1;
+        self.gate.open();
+        let gate_us = micros(closing.elapsed());
+
+        let result = if changed {
+            self.store.commit(&log)
+        } else {
+            self.store.forget_frozen()
+        };
+        match &result {
+            Ok(()) => {
+                self.committer.durable_group.store(group, Ordering::SeqCst);
+                if !log.freed().is_empty() {
+                    self.epoch.synchronize();
+                    if self.options.discard {
+                        for &(start, len) in log.freed() {
+                            self.volume.discard(braidfs_blockdev::VolBlock(start), len);
+                        }
+                    }
+                    self.space.release(&log);
+                }
+            }
+            Err(error) => {
+                self.failed.store(true, Ordering::SeqCst);
+                log::error!(
+                    "a commit failed, the file system is read-only from now on: {error}; what \
+                     was durable before is intact. Unmount, mend the devices, mount again"
+                );
+            }
+        }
+        let commit_us = micros(began.elapsed());
+        {
+            let mut stats = self.committer.stats.lock();
+            stats.commits += 1;
+            stats.failures += u64::from(result.is_err());
+            stats.commit_us_total += commit_us;
+            stats.commit_us_max = stats.commit_us_max.max(commit_us);
+            stats.commit_us_last = commit_us;
+            stats.gate_us_total += gate_us;
+            stats.gate_us_max = stats.gate_us_max.max(gate_us);
+            stats.group_bytes_last = group_bytes;
+        }
+        let mut state = self.committer.state.lock();
+        state.ended = state.closed;
+        drop(state);
+        self.committer.changed.notify_all();
+    }
+}

@@ -1,0 +1,658 @@
+//! Opening, reading and writing files.
+//!
+//! Reads and writes go through the page cache. A large aligned read or write for which the caller
+//! asked O_DIRECT goes past it: kiobufs over private pages, straight to and from the devices.
+//!
+//! Coherence between the two: a direct write holds its range exclusively, drops the cached pages
+//! of the range, writes, maps, and drops again what a readahead may have fetched through the old
+//! map. A direct read is served through the cache if any page of its range is there.
+//!
+//! Invariant: bytes behind the end of file are zero in the last page, in memory and on disk. So
+//! growing a file needs no zeroing, and shrinking one zeroes the tail.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+
+use braidfs_blockdev::{BlockError, Class, Kiobuf, VolBlock};
+use braidfs_cache::{
+    CacheError, FrameVec, MapOut, PageRange, ReadData, ReadaheadState, SegmentKind,
+};
+use parking_lot::{Condvar, Mutex};
+
+use crate::filesystem::FileSystem;
+use crate::inode::{Inode, PAGE, PAGE_END};
+use crate::meta::records::Extent;
+use crate::range_lock::RangeGuard;
+use crate::txg::ReadPass;
+use crate::{AtimeMode, Errno, FILE_SIZE_MAX, Ino, Timestamp, WriteFlags};
+
+/// Direct I/O smaller than this goes through the cache.
+const DIRECT_BYTES_MIN: usize = 64 << 10;
+
+/// Largest read or write in one call, in bytes.
+pub const IO_BYTES_MAX: usize = 16 << 20;
+
+/// One open of a file.
+pub struct OpenFile {
+    pub(crate) inode: Arc<Inode>,
+    flags: i32,
+    readahead: ReadaheadState,
+    /// Write errors up to this point have been reported through this open file.
+    seen_error: AtomicU32,
+}
+
+impl OpenFile {
+    /// The inode that is open.
+    pub fn ino(&self) -> Ino {
+        self.inode.ino
+    }
+
+    /// open(2) flags.
+    pub fn flags(&self) -> i32 {
+        self.flags
+    }
+}
+
+/// What a read returns: pinned pages, in order.
+pub struct ReadReply(Pages);
+
+enum Pages {
+    Nothing,
+    Cached(ReadData),
+    /// Pages past the cache, and how many bytes of them were asked for.
+    Private(FrameVec, usize),
+}
+
+impl ReadReply {
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        match &self.0 {
+            Pages::Nothing => 0,
+            Pages::Cached(data) => data.len(),
+            Pages::Private(_, len) => *len,
+        }
+    }
+
+    /// Whether there is nothing (end of file).
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Pieces in file order.
+    pub fn slices(&self) -> impl Iterator<Item = &[u8]> {
+        let (cached, private) = match &self.0 {
+            Pages::Nothing => (None, None),
+            Pages::Cached(data) => (Some(data.slices()), None),
+            Pages::Private(frames, len) => (None, Some(clipped(frames, *len))),
+        };
+        cached
+            .into_iter()
+            .flatten()
+            .chain(private.into_iter().flatten())
+    }
+
+    /// The whole as one piece, where it is one.
+    pub fn as_single(&self) -> Option<&[u8]> {
+        match &self.0 {
+            Pages::Nothing => Some(&[]),
+            Pages::Cached(data) => data.as_single(),
+            Pages::Private(..) => {
+                let mut slices = self.slices();
+                let first = slices.next()?;
+                slices.next().is_none().then_some(first)
+            }
+        }
+    }
+}
+
+/// The first `len` bytes.
+fn clipped(frames: &FrameVec, len: usize) -> impl Iterator<Item = &[u8]> {
+    let mut left = len;
+    frames.slices().map_while(move |slice| {
+        let take = slice.len().min(left);
+        left -= take;
+        (take > 0).then(|| &slice[..take])
+    })
+}
+
+/// Called once with the outcome of a read, maybe before the call returns, maybe on another thread.
+pub type ReadDone = Box<dyn FnOnce(Result<ReadReply, Errno>) + Send>;
+/// Called once with the bytes written, maybe before the call returns, maybe on another thread.
+pub type WriteDone = Box<dyn FnOnce(Result<u32, Errno>) + Send>;
+
+pub(crate) fn errno(error: CacheError) -> Errno {
+    Errno(error.errno())
+}
+
+impl FileSystem {
+    /// Opens a file. Permission is the kernel's business.
+    pub fn open(&self, ino: Ino, flags: i32) -> Result<Arc<OpenFile>, Errno> {
+        let inode = self.inode(ino)?;
+        if flags & libc::O_ACCMODE != libc::O_RDONLY {
+            self.check_writable()?;
+        }
+        Ok(self.open_inode(&inode, flags))
+    }
+
+    pub(crate) fn open_inode(&self, inode: &Arc<Inode>, flags: i32) -> Arc<OpenFile> {
+        inode.opens.fetch_add(1, Ordering::SeqCst);
+        let seen = inode.space().map_or(0, |space| space.write_error_seq());
+        Arc::new(OpenFile {
+            inode: Arc::clone(inode),
+            flags,
+            readahead: ReadaheadState::new(),
+            seen_error: AtomicU32::new(seen),
+        })
+    }
+
+    /// The last close of an open file.
+    pub fn release(&self, file: &Arc<OpenFile>) {
+        let inode = &file.inode;
+        if inode.opens.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.maybe_reclaim(inode);
+        }
+    }
+
+    /// close(2): reports write errors not yet reported to this open file.
+    pub fn flush(&self, file: &OpenFile) -> Result<(), Errno> {
+        self.report_errors(file)
+    }
+
+    fn report_errors(&self, file: &OpenFile) -> Result<(), Errno> {
+        let Some(space) = file.inode.space() else {
+            return Ok(());
+        };
+        let now = space.write_error_seq();
+        if file.seen_error.swap(now, Ordering::SeqCst) == now {
+            return Ok(());
+        }
+        Err(space.last_write_error().map_or(Errno::IO, errno))
+    }
+
+    /// Waits until the file's data and metadata are durable; reports write errors once.
+    pub fn fsync(&self, file: &OpenFile, _datasync: bool) -> Result<(), Errno> {
+        let committed = self.make_durable(&file.inode);
+        self.report_errors(file)?;
+        committed
+    }
+
+    /// Waits until a directory's entries are durable.
+    pub fn fsync_dir(&self, ino: Ino) -> Result<(), Errno> {
+        let inode = self.inode(ino)?;
+        self.make_durable(&inode)
+    }
+
+    fn make_durable(&self, inode: &Inode) -> Result<(), Errno> {
+        if self.options.read_only {
+            return Ok(());
+        }
+        let clean = inode
+            .space()
+            .is_none_or(|space| space.dirty_page_count() == 0);
+        if clean
+            && self
+                .committer
+                .is_durable(inode.changed_in.load(Ordering::SeqCst))
+            && !self.failed.load(Ordering::SeqCst)
+        {
+            return Ok(());
+        }
+        self.commit_now()
+    }
+
+    /// Reads up to `len` bytes at `offset`. `direct`: the caller wants the device's bytes without
+    /// filling the cache; taken as a hint.
+    pub fn read(
+        &self,
+        file: &Arc<OpenFile>,
+        offset: u64,
+        len: usize,
+        direct: bool,
+        done: ReadDone,
+    ) {
+        let inode = &file.inode;
+        let attr = inode.state.lock().attr;
+        if attr.is_dir() {
+            return done(Err(Errno::ISDIR));
+        }
+        let size = attr.size;
+        if offset >= size || len == 0 {
+            return done(Ok(ReadReply(Pages::Nothing)));
+        }
+        self.touch_accessed(inode, &attr);
+        let left = usize::try_from(size - offset).unwrap_or(usize::MAX);
+        let len = len.min(left).min(IO_BYTES_MAX);
+        let space = self.pages(inode);
+        if direct && len >= DIRECT_BYTES_MIN && offset.is_multiple_of(PAGE) {
+            let pages = PageRange::covering(offset, len as u64).expect("not empty");
+            if !space.has_pages(pages) {
+                return self.read_direct(inode, len, pages, done);
+            }
+        }
+        if let Some(data) = space.read_cached(offset, len, &file.readahead) {
+            return done(Ok(ReadReply(Pages::Cached(data))));
+        }
+        let done = move |result: Result<ReadData, CacheError>| {
+            done(
+                result
+                    .map(|data| ReadReply(Pages::Cached(data)))
+                    .map_err(errno),
+            );
+        };
+        space.read(offset, len, &file.readahead, size, Box::new(done));
+    }
+
+    /// Updates the access time as the mount's options say. Lazily: it goes to the devices with
+    /// the next commit that has another reason.
+    fn touch_accessed(&self, inode: &Arc<Inode>, attr: &crate::Attr) {
+        const DAY_SECS: i64 = 24 * 60 * 60;
+        if self.options.read_only || self.options.atime == AtimeMode::Noatime {
+            return;
+        }
+        let now = Timestamp::now();
+        let stale = attr.atime <= attr.mtime
+            || attr.atime <= attr.ctime
+            || now.secs - attr.atime.secs >= DAY_SECS;
+        if stale || self.options.atime == AtimeMode::Strictatime {
+            inode.state.lock().attr.atime = now;
+        }
+    }
+
+    fn read_direct(&self, inode: &Arc<Inode>, len: usize, pages: PageRange, done: ReadDone) {
+        let epoch = self.epoch.enter();
+        let range = inode.ranges.shared(pages.start * PAGE, pages.end * PAGE);
+        let mut map = MapOut::default();
+        let mapped = {
+            let _map = inode.map.read();
+            self.extents(inode.ino).map(pages, &mut map)
+        };
+        if let Err(error) = mapped {
+            return done(Err(error));
+        }
+        let bytes = usize::try_from(pages.count() * PAGE).expect("bounded by IO_BYTES_MAX");
+        let Some(mut frames) = self.cache.alloc_private(bytes) else {
+            return done(Err(Errno::NOMEM));
+        };
+        if map
+            .segments
+            .iter()
+            .any(|segment| segment.kind == SegmentKind::Hole)
+        {
+            frames.slices_mut().for_each(|slice| slice.fill(0));
+        }
+        let mut lender = frames.lend();
+        let mut pieces = Vec::with_capacity(map.segments.len());
+        for segment in &map.segments {
+            let count = usize::try_from(segment.pages.count()).expect("bounded");
+            match segment.kind {
+                SegmentKind::Hole => lender.skip(count),
+                SegmentKind::Data { block, .. } => pieces.push((block, count, lender.take(count))),
+            }
+        }
+        let read = Arc::new(DirectRead {
+            left: AtomicUsize::new(pieces.len() + 1),
+            error: Mutex::new(None),
+            rest: Mutex::new(Some(DirectRest {
+                lender,
+                map,
+                len,
+                volume: Arc::clone(&self.volume),
+                ino: inode.ino,
+                done,
+                _range: range,
+                _epoch: epoch,
+            })),
+        });
+        let mut plug = self.volume.plug();
+        for (block, count, lent) in pieces {
+            let read = Arc::clone(&read);
+            let end_io = Box::new(move |completion: braidfs_blockdev::Completion| {
+                drop(completion.pages);
+                read.end(completion.error);
+            });
+            let bytes = count * usize::try_from(PAGE).expect("a page is small");
+            plug.read(
+                block,
+                Kiobuf::new(lent, 0, bytes, end_io),
+                None,
+                Class::Sync,
+            );
+        }
+        plug.finish();
+        read.end(None);
+    }
+
+    /// Writes `data` at `offset`. Reserves space first, so that a full volume is this call's
+    /// error.
+    pub fn write(
+        &self,
+        file: &Arc<OpenFile>,
+        offset: u64,
+        data: &[u8],
+        direct: bool,
+        flags: WriteFlags,
+        done: WriteDone,
+    ) {
+        let written = if direct
+            && data.len() >= DIRECT_BYTES_MIN
+            && offset.is_multiple_of(PAGE)
+            && (data.len() as u64).is_multiple_of(PAGE)
+        {
+            self.alloc_pages(data.len()).and_then(|mut frames| {
+                let mut rest = data;
+                for slice in frames.slices_mut() {
+                    let (now, later) = rest.split_at(slice.len());
+                    slice.copy_from_slice(now);
+                    rest = later;
+                }
+                self.write_pages(file, offset, frames, flags)
+            })
+        } else {
+            self.write_cached(file, offset, data, flags)
+        };
+        let written = written.and_then(|count| {
+            let durable = self.options.sync || file.flags & (libc::O_SYNC | libc::O_DSYNC) != 0;
+            if durable && !flags.from_kernel_cache {
+                self.fsync(file, true)?;
+            }
+            Ok(count)
+        });
+        done(written);
+    }
+
+    fn check_write(&self, file: &OpenFile, offset: u64, len: usize) -> Result<(), Errno> {
+        self.check_writable()?;
+        if file.inode.state.lock().attr.is_dir() {
+            return Err(Errno::ISDIR);
+        }
+        match offset.checked_add(len as u64) {
+            Some(end) if end <= FILE_SIZE_MAX && len <= IO_BYTES_MAX => Ok(()),
+            _ => Err(Errno::FBIG),
+        }
+    }
+
+    fn write_cached(
+        &self,
+        file: &Arc<OpenFile>,
+        offset: u64,
+        data: &[u8],
+        flags: WriteFlags,
+    ) -> Result<u32, Errno> {
+        self.check_write(file, offset, data.len())?;
+        let Some(pages) = PageRange::covering(offset, data.len() as u64) else {
+            return Ok(0);
+        };
+        let inode = &file.inode;
+        self.cache.balance_dirty();
+        self.balance_group()?;
+        self.check_meta_room()?;
+        self.reserve(pages.count())?;
+        let pass = self.gate.enter();
+        let range = inode.ranges.shared(offset, offset + data.len() as u64);
+        let result = self.pages(inode).write(offset, data);
+        let (outcome, error) = match result {
+            Ok(outcome) => (outcome, None),
+            Err((error, outcome)) => (outcome, Some(error)),
+        };
+        self.space
+            .unreserve(pages.count() - outcome.newly_dirty_pages);
+        if let Some(error) = error {
+            return Err(errno(error));
+        }
+        self.note_written(inode, offset + data.len() as u64, flags);
+        drop((range, pass));
+        Ok(u32::try_from(data.len()).expect("bounded by IO_BYTES_MAX"))
+    }
+
+    /// Size, times and set-id bits after a write that ended at `end`.
+    fn note_written(&self, inode: &Arc<Inode>, end: u64, flags: WriteFlags) {
+        {
+            let mut state = inode.state.lock();
+            let attr = &mut state.attr;
+            attr.size = attr.size.max(end);
+            if !flags.from_kernel_cache {
+                let now = Timestamp::now();
+                attr.mtime = now;
+                attr.ctime = now;
+            }
+            if flags.kill_suidgid {
+                attr.mode = crate::attributes::without_set_ids(attr.mode);
+            }
+        }
+        self.mark_dirty(inode);
+    }
+
+    /// Page-aligned private pages for [`FileSystem::write_pages`].
+    pub fn alloc_pages(&self, len: usize) -> Result<FrameVec, Errno> {
+        self.cache.alloc_private(len).ok_or(Errno::NOMEM)
+    }
+
+    /// Writes the caller's own pages, past the cache: no byte is copied on the way to the
+    /// devices. `offset` and the length are multiples of the page size. Waits for the devices.
+    pub fn write_pages(
+        &self,
+        file: &Arc<OpenFile>,
+        offset: u64,
+        frames: FrameVec,
+        flags: WriteFlags,
+    ) -> Result<u32, Errno> {
+        let len = frames.len();
+        self.check_write(file, offset, len)?;
+        if !offset.is_multiple_of(PAGE) || !(len as u64).is_multiple_of(PAGE) {
+            return Err(Errno::INVAL);
+        }
+        let Some(pages) = PageRange::covering(offset, len as u64) else {
+            return Ok(0);
+        };
+        let inode = &file.inode;
+        self.balance_group()?;
+        self.check_meta_room()?;
+        self.reserve(pages.count())?;
+        let crcs = checksums(&frames);
+        let pass = self.gate.enter();
+        let range = inode.ranges.exclusive(offset, offset + len as u64);
+        let space = self.pages(inode);
+        self.space.unreserve(space.discard(pages));
+        let mut runs = Vec::with_capacity(2);
+        self.space.allocate(pages.count(), &mut runs)?;
+        let written = self.write_runs(frames, &runs);
+        let mapped = written.map_err(|error| {
+            log::error!("inode {}: direct write at {offset}: {error}", inode.ino);
+            Errno(error.errno())
+        });
+        let mapped = match mapped {
+            Ok(()) => self.map_runs(inode, pages.start, &runs, &crcs),
+            Err(error) => {
+                for &(start, len) in &runs {
+                    self.space.unallocate(start, len);
+                }
+                self.space.unreserve(pages.count());
+                Err(error)
+            }
+        };
+        self.space.unreserve(space.discard(pages));
+        mapped?;
+        self.note_written(inode, offset + len as u64, flags);
+        drop((range, pass));
+        Ok(u32::try_from(len).expect("bounded by IO_BYTES_MAX"))
+    }
+
+    fn map_runs(
+        &self,
+        inode: &Arc<Inode>,
+        first_page: u64,
+        runs: &[(u64, u64)],
+        crcs: &[u32],
+    ) -> Result<(), Errno> {
+        let (mut start, mut crcs) = (first_page, crcs);
+        for &(block, len) in runs {
+            let (now, later) = crcs.split_at(usize::try_from(len).expect("bounded"));
+            crcs = later;
+            self.map_written(
+                inode,
+                &Extent {
+                    start,
+                    len,
+                    block,
+                    crcs: now.to_vec(),
+                },
+            )?;
+            start += len;
+        }
+        Ok(())
+    }
+
+    /// Writes private pages to runs of blocks and waits for them.
+    fn write_runs(&self, frames: FrameVec, runs: &[(u64, u64)]) -> Result<(), BlockError> {
+        let latch = Arc::new(Latch::new(runs.len()));
+        let mut lender = frames.lend();
+        let mut plug = self.volume.plug();
+        for &(block, len) in runs {
+            let count = usize::try_from(len).expect("bounded");
+            let ended = Arc::clone(&latch);
+            let end_io = Box::new(move |completion: braidfs_blockdev::Completion| {
+                ended.end(completion.error);
+            });
+            let bytes = count * usize::try_from(PAGE).expect("a page is small");
+            let kiobuf = Kiobuf::new(lender.take(count), 0, bytes, end_io);
+            plug.write(VolBlock(block), kiobuf, Class::Sync);
+        }
+        plug.finish();
+        latch.wait()
+    }
+
+    /// Drops a file's pages from `first` on and gives their reservation back.
+    pub(crate) fn discard_from(&self, inode: &Inode, first: u64) {
+        if let Some(space) = inode.space()
+            && let Some(pages) = PageRange::new(first, PAGE_END)
+        {
+            self.space.unreserve(space.discard(pages));
+        }
+    }
+}
+
+/// CRC32C of each page.
+fn checksums(frames: &FrameVec) -> Vec<u32> {
+    let page = usize::try_from(PAGE).expect("a page is small");
+    frames
+        .slices()
+        .flat_map(|slice| slice.chunks(page))
+        .map(crc32c::crc32c)
+        .collect()
+}
+
+/// Waits for a number of completions; keeps the first error.
+struct Latch {
+    state: Mutex<(usize, Option<BlockError>)>,
+    ended: Condvar,
+}
+
+impl Latch {
+    fn new(count: usize) -> Self {
+        Self {
+            state: Mutex::new((count, None)),
+            ended: Condvar::new(),
+        }
+    }
+
+    fn end(&self, error: Option<BlockError>) {
+        let mut state = self.state.lock();
+        state.0 -= 1;
+        state.1 = state.1.or(error);
+        if state.0 == 0 {
+            self.ended.notify_all();
+        }
+    }
+
+    /// Device I/O ends in bounded time, and so does this.
+    fn wait(&self) -> Result<(), BlockError> {
+        let mut state = self.state.lock();
+        while state.0 > 0 {
+            self.ended.wait(&mut state);
+        }
+        state.1.map_or(Ok(()), Err)
+    }
+}
+
+/// A direct read under way.
+struct DirectRead {
+    left: AtomicUsize,
+    error: Mutex<Option<BlockError>>,
+    rest: Mutex<Option<DirectRest>>,
+}
+
+struct DirectRest {
+    lender: braidfs_cache::Lender,
+    map: MapOut,
+    len: usize,
+    volume: Arc<braidfs_blockdev::Volume>,
+    ino: Ino,
+    done: ReadDone,
+    _range: RangeGuard,
+    _epoch: ReadPass,
+}
+
+impl DirectRead {
+    /// One piece ended (or the submission did). The last one verifies and replies.
+    fn end(&self, error: Option<BlockError>) {
+        if let Some(error) = error {
+            self.error.lock().get_or_insert(error);
+        }
+        if self.left.fetch_sub(1, Ordering::AcqRel) > 1 {
+            return;
+        }
+        let Some(rest) = self.rest.lock().take() else {
+            return;
+        };
+        let error = *self.error.lock();
+        rest.finish(error);
+    }
+}
+
+impl DirectRest {
+    fn finish(self, error: Option<BlockError>) {
+        if let Some(error) = error {
+            log::error!("inode {}: direct read: {error}", self.ino);
+            return (self.done)(Err(Errno(error.errno())));
+        }
+        let Some(frames) = self.lender.finish() else {
+            log::error!("inode {}: direct read: pages still lent out", self.ino);
+            return (self.done)(Err(Errno::IO));
+        };
+        if let Some(block) = first_mismatch(&frames, &self.map) {
+            let place = self.volume.locate(block, 0);
+            let (device, at) = place.map_or((String::new(), 0), |(device, at)| {
+                (self.volume.device_name(device), at)
+            });
+            log::error!(
+                "inode {}: block {} on {device} at {at:#x} does not match its checksum",
+                self.ino,
+                block.0
+            );
+            return (self.done)(Err(Errno::IO));
+        }
+        (self.done)(Ok(ReadReply(Pages::Private(frames, self.len))));
+    }
+}
+
+/// The first block whose bytes do not match its checksum.
+fn first_mismatch(frames: &FrameVec, map: &MapOut) -> Option<VolBlock> {
+    let page = usize::try_from(PAGE).expect("a page is small");
+    let mut pages = frames.slices().flat_map(|slice| slice.chunks(page));
+    for segment in &map.segments {
+        for nth in 0..segment.pages.count() {
+            let bytes = pages.next()?;
+            if let SegmentKind::Data {
+                block,
+                crc_index: Some(index),
+            } = segment.kind
+            {
+                let at = index + usize::try_from(nth).expect("bounded");
+                if map.crcs.get(at) != Some(&crc32c::crc32c(bytes)) {
+                    return Some(VolBlock(block.0 + nth));
+                }
+            }
+        }
+    }
+    None
+}

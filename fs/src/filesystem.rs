@@ -1,0 +1,391 @@
+//! A mounted file system: its parts, mounting and unmounting.
+//!
+//! The operations are methods in the files of their kind: [`crate::namespace`] (names),
+//! [`crate::attributes`], [`crate::file`] (reading, writing, mapping), [`crate::xattr`],
+//! [`crate::reclaim`] (deletion), [`crate::commit`] (transaction groups).
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+
+use braidfs_blockdev::Volume;
+use braidfs_cache::{Cache, CacheConfig};
+use parking_lot::Mutex;
+
+use crate::alloc::{Allocator, SpaceStats};
+use crate::commit::{Committer, TxgStats};
+use crate::inode::{Inode, InodeTable};
+use crate::meta::backend::MetaFile;
+use crate::meta::records::{InodeRecord, decode_u64, ino_key};
+use crate::meta::store::{Store, Table};
+use crate::reclaim::Reclaimer;
+use crate::txg::{Gate, ReadEpoch};
+use crate::{Attr, Errno, Ino, MountOptions, ROOT_INO, StatFs, Timestamp};
+
+/// Why a volume could not be mounted or formatted.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// The devices could not be assembled.
+    #[error(transparent)]
+    Volume(#[from] braidfs_blockdev::VolumeError),
+    /// The metadata store is damaged or unreadable.
+    #[error("metadata store: {0}; run 'braidfs fsck -n' on the devices")]
+    Metadata(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Not enough memory or threads.
+    #[error("cannot set up: {0}")]
+    System(#[from] std::io::Error),
+}
+
+impl From<redb::Error> for MountError {
+    fn from(error: redb::Error) -> Self {
+        Self::Metadata(Box::new(error))
+    }
+}
+
+impl From<Errno> for MountError {
+    fn from(error: Errno) -> Self {
+        Self::Metadata(Box::new(error))
+    }
+}
+
+/// Name in the settings of the number that the next inode gets.
+const SETTING_NEXT_INO: &[u8] = b"next_ino";
+/// Name in the settings of the number of inodes.
+const SETTING_INODE_COUNT: &[u8] = b"inode_count";
+
+/// A mounted file system.
+pub struct FileSystem {
+    pub(crate) me: Weak<FileSystem>,
+    pub(crate) options: MountOptions,
+    pub(crate) volume: Arc<Volume>,
+    pub(crate) cache: Arc<Cache>,
+    pub(crate) store: Store,
+    pub(crate) meta: Arc<MetaFile>,
+    pub(crate) space: Allocator,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) epoch: Arc<ReadEpoch>,
+    pub(crate) inodes: InodeTable,
+    /// Inodes whose record is to be written at the next freeze.
+    pub(crate) dirty: Mutex<Vec<Arc<Inode>>>,
+    pub(crate) next_ino: AtomicU64,
+    pub(crate) inode_count: AtomicU64,
+    /// Held to move a directory to another parent, so that no loop can arise.
+    pub(crate) rename: Mutex<()>,
+    pub(crate) committer: Committer,
+    pub(crate) reclaimer: Reclaimer,
+    /// A commit failed: nothing may change any more.
+    pub(crate) failed: AtomicBool,
+    unmounted: AtomicBool,
+}
+
+/// Counters of a mounted file system.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct FsStats {
+    /// Transaction groups.
+    pub txg: TxgStats,
+    /// Space, in blocks of 4 KiB.
+    pub space: SpaceStats,
+    /// Inodes in memory.
+    pub inodes_in_memory: u64,
+    /// The page cache.
+    pub cache: braidfs_cache::CacheStats,
+    /// The volume and its devices.
+    pub volume: braidfs_blockdev::VolumeStats,
+}
+
+/// Makes an empty file system on a freshly formatted volume.
+pub fn format(volume: Arc<Volume>) -> Result<(), MountError> {
+    let options = MountOptions {
+        cache_bytes: crate::CACHE_BYTES_MIN,
+        ..MountOptions::default()
+    };
+    let fs = FileSystem::start(volume, options)?;
+    let now = Timestamp::now();
+    let attr = Attr {
+        ino: ROOT_INO,
+        size: 0,
+        blocks: 0,
+        atime: now,
+        mtime: now,
+        ctime: now,
+        btime: now,
+        mode: libc::S_IFDIR | 0o755,
+        nlink: 2,
+        uid: nix::unistd::geteuid().as_raw(),
+        gid: nix::unistd::getegid().as_raw(),
+        rdev: 0,
+        flags: 0,
+        generation: 1,
+    };
+    let root = InodeRecord {
+        attr,
+        next_cookie: crate::namespace::COOKIE_FIRST,
+        parent: ROOT_INO,
+    };
+    {
+        let _pass = fs.gate.enter();
+        let root = Inode::new(root);
+        fs.inodes.insert(&root);
+        fs.next_ino.store(ROOT_INO + 1, Ordering::SeqCst);
+        fs.inode_count.store(1, Ordering::SeqCst);
+        fs.mark_dirty(&root);
+    }
+    fs.unmount().map_err(MountError::from)
+}
+
+impl FileSystem {
+    /// Mounts an assembled volume. Completes the deletions and truncations that a crash cut off.
+    pub fn mount(volume: Arc<Volume>, options: MountOptions) -> Result<Arc<Self>, MountError> {
+        let fs = Self::start(volume, options)?;
+        let root = fs.inode(ROOT_INO).and_then(|root| root.check_dir());
+        if let Err(error) = root {
+            fs.stop();
+            return Err(MountError::Metadata(
+                format!("the root directory cannot be read ({error})").into(),
+            ));
+        }
+        if !fs.options.read_only
+            && let Err(error) = fs.adopt_orphans()
+        {
+            fs.stop();
+            return Err(error.into());
+        }
+        Ok(fs)
+    }
+
+    /// Everything but looking at what is there.
+    pub(crate) fn start(
+        volume: Arc<Volume>,
+        options: MountOptions,
+    ) -> Result<Arc<Self>, MountError> {
+        let config = CacheConfig {
+            size_bytes: options.cache_bytes,
+            ..CacheConfig::default()
+        };
+        let cache = Cache::new(config, Arc::clone(&volume))?;
+        let meta = match MetaFile::open(Arc::clone(&volume), &cache, options.read_only) {
+            Ok(meta) => meta,
+            Err(error) => {
+                cache.shutdown();
+                return Err(MountError::Metadata(error.into()));
+            }
+        };
+        let parts = Store::open(meta.storage()).and_then(|store| {
+            let space = Allocator::load(Arc::clone(&volume), |each| store.scan_free(each))?;
+            Ok((store, space))
+        });
+        let (store, space) = match parts {
+            Ok(parts) => parts,
+            Err(error) => {
+                cache.shutdown();
+                return Err(error.into());
+            }
+        };
+        let number = |name: &[u8]| {
+            store.get(Table::Settings, name, |value| {
+                value.and_then(decode_u64).unwrap_or(0)
+            })
+        };
+        let (next_ino, inode_count) = (number(SETTING_NEXT_INO)?, number(SETTING_INODE_COUNT)?);
+        let fs = Arc::new_cyclic(|me| Self {
+            me: Weak::clone(me),
+            options,
+            volume,
+            cache,
+            store,
+            meta,
+            space,
+            gate: Arc::default(),
+            epoch: Arc::default(),
+            inodes: InodeTable::default(),
+            dirty: Mutex::default(),
+            next_ino: AtomicU64::new(next_ino.max(ROOT_INO + 1)),
+            inode_count: AtomicU64::new(inode_count),
+            rename: Mutex::default(),
+            committer: Committer::default(),
+            reclaimer: Reclaimer::default(),
+            failed: AtomicBool::new(false),
+            unmounted: AtomicBool::new(false),
+        });
+        fs.start_threads()?;
+        Ok(fs)
+    }
+
+    fn start_threads(&self) -> std::io::Result<()> {
+        let spawn = |name: &str, run: fn(&FileSystem)| {
+            let me = Weak::clone(&self.me);
+            std::thread::Builder::new()
+                .name(name.to_owned())
+                .spawn(move || {
+                    if let Some(fs) = me.upgrade() {
+                        run(&fs);
+                    }
+                })
+        };
+        let threads = [
+            spawn("braidfs-commit", FileSystem::run_commits)?,
+            spawn("braidfs-reclaim", FileSystem::run_reclaims)?,
+        ];
+        self.committer.keep_threads(threads);
+        Ok(())
+    }
+
+    fn stop(&self) {
+        self.reclaimer.stop();
+        self.committer.stop();
+        self.cache.shutdown();
+    }
+
+    /// Writes everything back, commits, closes the volume. Returns the first error; then what
+    /// could be saved is saved. Calling it again does nothing.
+    pub fn unmount(&self) -> Result<(), Errno> {
+        if self.unmounted.swap(true, Ordering::SeqCst) {
+            return Ok(());
+        }
+        if !self.options.read_only {
+            if let Err(error) = self.release_orphans() {
+                log::warn!("orphans stay until the next mount: {error}");
+            }
+            self.reclaim_all();
+        }
+        self.reclaimer.stop();
+        let committed = if self.options.read_only {
+            Ok(())
+        } else {
+            self.commit_now()
+        };
+        self.stop();
+        let closed = self.volume.close().map_err(|error| {
+            log::error!("closing the volume: {error}");
+            Errno(error.errno())
+        });
+        committed.and(closed)
+    }
+
+    /// The options it was mounted with.
+    pub fn options(&self) -> &MountOptions {
+        &self.options
+    }
+
+    /// The volume it lives on.
+    pub fn volume(&self) -> &Arc<Volume> {
+        &self.volume
+    }
+
+    /// `ROFS` where nothing may change.
+    pub(crate) fn check_writable(&self) -> Result<(), Errno> {
+        if self.options.read_only || self.failed.load(Ordering::Relaxed) {
+            return Err(Errno::ROFS);
+        }
+        Ok(())
+    }
+
+    /// The inode with this number.
+    pub(crate) fn inode(&self, ino: Ino) -> Result<Arc<Inode>, Errno> {
+        self.inodes.get_or_load(ino, || {
+            let found = self.store.get(Table::Inodes, &ino_key(ino), |value| {
+                value.map(|value| InodeRecord::decode(ino, value))
+            })?;
+            match found {
+                None => Err(Errno::NOENT),
+                Some(None) => {
+                    log::error!("inode {ino}: its record is damaged; run 'braidfs fsck -n'");
+                    Err(Errno::IO)
+                }
+                Some(Some(record)) => Ok(record),
+            }
+        })
+    }
+
+    /// Puts the inode on the list of those whose record the next freeze writes. The caller holds
+    /// a pass of the gate.
+    pub(crate) fn mark_dirty(&self, inode: &Arc<Inode>) {
+        inode
+            .changed_in
+            .store(self.committer.open_group(), Ordering::SeqCst);
+        if !inode.queued.swap(true, Ordering::SeqCst) {
+            self.dirty.lock().push(Arc::clone(inode));
+        }
+    }
+
+    /// Writes the records of all dirty inodes into the open group. The gate is closed.
+    pub(crate) fn encode_dirty(&self) {
+        let dirty = std::mem::take(&mut *self.dirty.lock());
+        for inode in dirty {
+            inode.queued.store(false, Ordering::SeqCst);
+            if !inode.deleted.load(Ordering::SeqCst) {
+                let record = *inode.state.lock();
+                self.store
+                    .put(Table::Inodes, &ino_key(inode.ino), &record.encode());
+            }
+        }
+        let put = |name: &[u8], value: &AtomicU64| {
+            let value = value.load(Ordering::SeqCst).to_le_bytes();
+            self.store.put(Table::Settings, name, &value);
+        };
+        put(SETTING_NEXT_INO, &self.next_ino);
+        put(SETTING_INODE_COUNT, &self.inode_count);
+    }
+
+    /// Sets blocks aside for data, after a commit if that may free some. Call it without a pass
+    /// and without locks.
+    pub(crate) fn reserve(&self, blocks: u64) -> Result<(), Errno> {
+        for _ in 0..2 {
+            match self.space.reserve(blocks) {
+                Err(Errno::NOSPC) => {
+                    self.reclaim_all();
+                    if self.space.pending() == 0 && self.space.open_is_empty() {
+                        break;
+                    }
+                    self.commit_now()?;
+                }
+                done => return done,
+            }
+        }
+        self.space.reserve(blocks)
+    }
+
+    /// `NOSPC` when metadata has no room to grow, so that what is left serves deletion.
+    pub(crate) fn check_meta_room(&self) -> Result<(), Errno> {
+        let wanted = META_ROOM_MIN_BYTES + 2 * self.store.open_bytes() as u64;
+        if self.meta.room_bytes() + self.volume.unallocated_bytes() / 2 < wanted {
+            return Err(Errno::NOSPC);
+        }
+        Ok(())
+    }
+
+    /// Size and free space.
+    pub fn statfs(&self) -> StatFs {
+        let space = self.space.stats();
+        let bfree = space.free_blocks.saturating_sub(space.reserved_blocks)
+            + space.pending_blocks
+            + space.unallocated_blocks;
+        let used = self.inode_count.load(Ordering::Relaxed);
+        let ffree = bfree.saturating_mul(INODES_PER_BLOCK);
+        StatFs {
+            blocks: space.chunk_blocks + space.unallocated_blocks,
+            bfree,
+            bavail: bfree,
+            files: used + ffree,
+            ffree,
+            bsize: 4096,
+            namelen: 255,
+        }
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> FsStats {
+        FsStats {
+            txg: self.committer.stats(),
+            space: self.space.stats(),
+            inodes_in_memory: self.inodes.count(),
+            cache: self.cache.stats(),
+            volume: self.volume.stats(),
+        }
+    }
+}
+
+/// Room that only deletions may use.
+const META_ROOM_MIN_BYTES: u64 = 1 << 20;
+
+/// For statfs: an empty file costs a few hundred bytes of metadata.
+const INODES_PER_BLOCK: u64 = 8;

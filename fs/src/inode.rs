@@ -1,0 +1,195 @@
+//! Inodes in memory, and the table of them.
+//!
+//! Attributes live here while an inode is in memory; its record is written when its transaction
+//! group is frozen. An inode stays in memory while the kernel knows it, somebody has it open, it
+//! is dirty, or pages of it are cached.
+//!
+//! Lock order inside one inode: `dir` (structure of a directory), `ranges`, `map`, `state`. Two
+//! directories are locked in the order of their numbers.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use braidfs_cache::AddressSpace;
+use parking_lot::{Mutex, RwLock};
+
+use crate::meta::records::InodeRecord;
+use crate::range_lock::RangeLock;
+use crate::{Attr, Errno, Ino, Timestamp};
+
+/// Bytes of a page and of a block.
+pub(crate) const PAGE: u64 = braidfs_blockdev::BLOCK_SIZE;
+
+/// One past the last page that a file may have.
+pub(crate) const PAGE_END: u64 = u64::MAX / PAGE;
+
+/// An inode in memory.
+pub(crate) struct Inode {
+    pub ino: Ino,
+    /// What its record holds.
+    pub state: Mutex<InodeRecord>,
+    /// Directories: held to change or list the entries.
+    pub dir: Mutex<()>,
+    /// Guards the extents.
+    pub map: RwLock<()>,
+    /// Orders reads and writes of bytes.
+    pub ranges: Arc<RangeLock>,
+    space: OnceLock<Arc<AddressSpace>>,
+    /// How often the kernel was told of it and has not forgotten.
+    pub lookups: AtomicU64,
+    /// Open files.
+    pub opens: AtomicU32,
+    /// Stands in the list of dirty inodes.
+    pub queued: AtomicBool,
+    /// Gone from the tables; only memory is left.
+    pub deleted: AtomicBool,
+    /// The last transaction group that changed it.
+    pub changed_in: AtomicU64,
+}
+
+impl Inode {
+    pub(crate) fn new(record: InodeRecord) -> Arc<Self> {
+        Arc::new(Self {
+            ino: record.attr.ino,
+            state: Mutex::new(record),
+            dir: Mutex::new(()),
+            map: RwLock::new(()),
+            ranges: Arc::new(RangeLock::default()),
+            space: OnceLock::new(),
+            lookups: AtomicU64::new(0),
+            opens: AtomicU32::new(0),
+            queued: AtomicBool::new(false),
+            deleted: AtomicBool::new(false),
+            changed_in: AtomicU64::new(0),
+        })
+    }
+
+    /// Its pages; `make` builds the address space at first use.
+    pub(crate) fn space_or(&self, make: impl FnOnce() -> Arc<AddressSpace>) -> &Arc<AddressSpace> {
+        self.space.get_or_init(make)
+    }
+
+    /// Its pages, if it has had any.
+    pub(crate) fn space(&self) -> Option<&Arc<AddressSpace>> {
+        self.space.get()
+    }
+
+    /// Attributes, with the blocks that dirty pages will take.
+    pub(crate) fn attr(&self) -> Attr {
+        let mut attr = self.state.lock().attr;
+        if let Some(space) = self.space() {
+            let dirty = space.dirty_page_count();
+            if dirty > 0 {
+                let full = attr.size.div_ceil(PAGE) * (PAGE / 512);
+                let with_dirty = attr.blocks + dirty * (PAGE / 512);
+                attr.blocks = attr.blocks.max(with_dirty.min(full));
+            }
+        }
+        attr
+    }
+
+    /// `NOTDIR` unless it is a directory.
+    pub(crate) fn check_dir(&self) -> Result<(), Errno> {
+        if self.state.lock().attr.is_dir() {
+            Ok(())
+        } else {
+            Err(Errno::NOTDIR)
+        }
+    }
+
+    /// Sets mtime and ctime (a directory whose entries changed, a file whose bytes did).
+    pub(crate) fn touch_modified(&self) {
+        let now = Timestamp::now();
+        let mut state = self.state.lock();
+        state.attr.mtime = now;
+        state.attr.ctime = now;
+    }
+
+    /// Sets ctime.
+    pub(crate) fn touch_changed(&self) {
+        self.state.lock().attr.ctime = Timestamp::now();
+    }
+
+    fn may_leave(&self) -> bool {
+        self.lookups.load(Ordering::SeqCst) == 0
+            && self.opens.load(Ordering::SeqCst) == 0
+            && !self.queued.load(Ordering::SeqCst)
+            && self
+                .space()
+                .is_none_or(|space| space.page_count() == 0 && Arc::strong_count(space) <= 1)
+    }
+}
+
+const SHARD_COUNT: usize = 16;
+
+type Shard = Mutex<HashMap<Ino, Arc<Inode>>>;
+
+/// All inodes in memory, by number.
+#[derive(Default)]
+pub(crate) struct InodeTable {
+    shards: [Shard; SHARD_COUNT],
+}
+
+impl InodeTable {
+    fn shard(&self, ino: Ino) -> &Shard {
+        &self.shards[usize::try_from(ino % SHARD_COUNT as u64).expect("below the count")]
+    }
+
+    /// The inode, loaded by `load` if it is not in memory. Never two for one number.
+    pub(crate) fn get_or_load(
+        &self,
+        ino: Ino,
+        load: impl FnOnce() -> Result<InodeRecord, Errno>,
+    ) -> Result<Arc<Inode>, Errno> {
+        let mut shard = self.shard(ino).lock();
+        if let Some(inode) = shard.get(&ino) {
+            return Ok(Arc::clone(inode));
+        }
+        let inode = Inode::new(load()?);
+        shard.insert(ino, Arc::clone(&inode));
+        Ok(inode)
+    }
+
+    /// The inode, if it is in memory.
+    pub(crate) fn get(&self, ino: Ino) -> Option<Arc<Inode>> {
+        self.shard(ino).lock().get(&ino).cloned()
+    }
+
+    /// Takes in a new inode.
+    pub(crate) fn insert(&self, inode: &Arc<Inode>) {
+        self.shard(inode.ino)
+            .lock()
+            .insert(inode.ino, Arc::clone(inode));
+    }
+
+    /// Lets the inode go if nothing holds it; returns whether it is gone.
+    pub(crate) fn try_evict(&self, ino: Ino) -> bool {
+        let mut shard = self.shard(ino).lock();
+        match shard.get(&ino) {
+            None => true,
+            Some(inode) if Arc::strong_count(inode) == 1 && inode.may_leave() => {
+                shard.remove(&ino);
+                true
+            }
+            Some(_) => false,
+        }
+    }
+
+    /// Lets go of every inode that nothing holds.
+    pub(crate) fn sweep(&self) {
+        for shard in &self.shards {
+            shard
+                .lock()
+                .retain(|_, inode| Arc::strong_count(inode) > 1 || !inode.may_leave());
+        }
+    }
+
+    /// How many are in memory.
+    pub(crate) fn count(&self) -> u64 {
+        self.shards
+            .iter()
+            .map(|shard| shard.lock().len() as u64)
+            .sum()
+    }
+}

@@ -1,0 +1,382 @@
+//! The metadata tables: get, put, scan; and transaction groups.
+//!
+//! A read looks, in this order, into the *open* group (what operations change now), the
+//! *committing* group (frozen, on its way into redb) and the *base* (redb's last durable
+//! snapshot). A write goes into the open group alone. So operations never wait for a commit, and
+//! a commit applies one frozen, consistent set.
+//!
+//! Several puts of one operation need no batch: an operation holds the gate of its transaction
+//! group (see [`crate::txg`]), and a group is frozen only while nobody does.
+//!
+//! Locks: `state` is taken for the length of one look-up or put; nothing else is taken under it
+//! but what redb needs to read.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+use redb::{Database, Durability, ReadOnlyTable, ReadableDatabase, TableDefinition};
+
+use crate::Errno;
+use crate::alloc::SpaceLog;
+
+/// The tables. The numbers are positions in this build, not on the disk: the names are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Table {
+    /// ino -> inode record
+    Inodes,
+    /// (directory, name) -> entry
+    Dentries,
+    /// (directory, cookie) -> entry with its name
+    Cookies,
+    /// (ino, file block) -> extent
+    Extents,
+    /// (ino, name) -> value
+    Xattrs,
+    /// ino -> why
+    Orphans,
+    /// name -> value
+    Settings,
+}
+
+const TABLE_COUNT: usize = 7;
+
+type Definition = TableDefinition<'static, &'static [u8], &'static [u8]>;
+
+const DEFINITIONS: [Definition; TABLE_COUNT] = [
+    TableDefinition::new("inodes"),
+    TableDefinition::new("dentries"),
+    TableDefinition::new("cookies"),
+    TableDefinition::new("extents"),
+    TableDefinition::new("xattrs"),
+    TableDefinition::new("orphans"),
+    TableDefinition::new("settings"),
+];
+
+/// Free space: first block -> blocks. Only commits touch it; see [`crate::alloc`].
+const FREE: TableDefinition<'static, u64, u64> = TableDefinition::new("free");
+
+/// Rough cost in memory of one entry of a group, over its key and value.
+const ENTRY_OVERHEAD_BYTES: usize = 96;
+
+/// A key and its value.
+pub(crate) type Entry = (Vec<u8>, Vec<u8>);
+
+type Changes = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
+
+/// What one transaction group changed.
+#[derive(Default)]
+struct Group {
+    changes: [Changes; TABLE_COUNT],
+    bytes: usize,
+}
+
+impl Group {
+    fn is_empty(&self) -> bool {
+        self.changes.iter().all(BTreeMap::is_empty)
+    }
+
+    fn set(&mut self, table: Table, key: &[u8], value: Option<Vec<u8>>) {
+        let cost = |value: &Option<Vec<u8>>| value.as_ref().map_or(0, Vec::len);
+        let added = cost(&value);
+        let changes = &mut self.changes[table as usize];
+        if let Some(slot) = changes.get_mut(key) {
+            self.bytes = self.bytes + added - cost(slot);
+            *slot = value;
+        } else {
+            self.bytes += added + key.len() + ENTRY_OVERHEAD_BYTES;
+            changes.insert(key.to_vec(), value);
+        }
+    }
+}
+
+type Base = [ReadOnlyTable<&'static [u8], &'static [u8]>; TABLE_COUNT];
+
+struct State {
+    open: Group,
+    committing: Option<Arc<Group>>,
+    base: Base,
+}
+
+/// The metadata store.
+pub(crate) struct Store {
+    db: Database,
+    state: RwLock<State>,
+}
+
+fn failed(what: &str, error: impl std::fmt::Display) -> Errno {
+    log::error!("metadata {what}: {error}");
+    Errno::IO
+}
+
+/// redb's own cache, beside the page cache that it reads through.
+const REDB_CACHE_BYTES: usize = 32 << 20;
+
+impl Store {
+    /// Opens the store, or makes it if `backend` is empty.
+    pub(crate) fn open(backend: impl redb::StorageBackend) -> Result<Self, redb::Error> {
+        let db = Database::builder()
+            .set_cache_size(REDB_CACHE_BYTES)
+            .create_with_backend(backend)?;
+        let missing = {
+            let read = db.begin_read()?;
+            read.open_table(FREE).is_err()
+        };
+        if missing {
+            let mut write = db.begin_write()?;
+            write.set_durability(Durability::Immediate)?;
+            write.set_quick_repair(true);
+            for definition in DEFINITIONS {
+                write.open_table(definition)?;
+            }
+            write.open_table(FREE)?;
+            write.commit()?;
+        }
+        let base = Self::snapshot(&db)?;
+        let state = State {
+            open: Group::default(),
+            committing: None,
+            base,
+        };
+        Ok(Self {
+            db,
+            state: RwLock::new(state),
+        })
+    }
+
+    fn snapshot(db: &Database) -> Result<Base, redb::Error> {
+        let read = db.begin_read()?;
+        let [a, b, c, d, e, f, g] = DEFINITIONS;
+        Ok([
+            read.open_table(a)?,
+            read.open_table(b)?,
+            read.open_table(c)?,
+            read.open_table(d)?,
+            read.open_table(e)?,
+            read.open_table(f)?,
+            read.open_table(g)?,
+        ])
+    }
+
+    /// Looks `key` up and hands its value, if any, to `use_value`.
+    pub(crate) fn get<R>(
+        &self,
+        table: Table,
+        key: &[u8],
+        use_value: impl FnOnce(Option<&[u8]>) -> R,
+    ) -> Result<R, Errno> {
+        let state = self.state.read();
+        if let Some(value) = state.open.changes[table as usize].get(key) {
+            return Ok(use_value(value.as_deref()));
+        }
+        if let Some(group) = &state.committing
+            && let Some(value) = group.changes[table as usize].get(key)
+        {
+            return Ok(use_value(value.as_deref()));
+        }
+        let found = state.base[table as usize]
+            .get(key)
+            .map_err(|e| failed("read", e))?;
+        Ok(use_value(found.as_ref().map(|guard| guard.value())))
+    }
+
+    /// Sets `key` to `value` in the open group.
+    pub(crate) fn put(&self, table: Table, key: &[u8], value: &[u8]) {
+        self.state
+            .write()
+            .open
+            .set(table, key, Some(value.to_vec()));
+    }
+
+    /// Removes `key` in the open group.
+    pub(crate) fn delete(&self, table: Table, key: &[u8]) {
+        self.state.write().open.set(table, key, None);
+    }
+
+    /// Memory that the open group takes, in bytes, roughly.
+    pub(crate) fn open_bytes(&self) -> usize {
+        self.state.read().open.bytes
+    }
+
+    /// Whether the open group changed nothing.
+    pub(crate) fn open_is_empty(&self) -> bool {
+        self.state.read().open.is_empty()
+    }
+
+    /// Hands the entries with `from <= key < to` to `each`, in order, until it returns false.
+    /// `each` must not call back into the store.
+    pub(crate) fn scan(
+        &self,
+        table: Table,
+        from: &[u8],
+        to: &[u8],
+        each: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), Errno> {
+        if from >= to {
+            return Ok(());
+        }
+        let state = self.state.read();
+        let bounds = (Bound::Included(from), Bound::Excluded(to));
+        let empty = Changes::new();
+        let mut open = state.open.changes[table as usize]
+            .range::<[u8], _>(bounds)
+            .peekable();
+        let committing = state
+            .committing
+            .as_ref()
+            .map_or(&empty, |g| &g.changes[table as usize]);
+        let mut committing = committing.range::<[u8], _>(bounds).peekable();
+        let mut base = state.base[table as usize]
+            .range::<&[u8]>(from..to)
+            .map_err(|e| failed("scan", e))?;
+        let mut pending = base.next().transpose().map_err(|e| failed("scan", e))?;
+        loop {
+            let keys = [
+                open.peek().map(|(key, _)| key.as_slice()),
+                committing.peek().map(|(key, _)| key.as_slice()),
+                pending.as_ref().map(|(key, _)| key.value()),
+            ];
+            let Some(least) = keys.iter().flatten().min().copied() else {
+                return Ok(());
+            };
+            let at_least = keys.map(|key| key == Some(least));
+            // The newest layer that has the key decides; the older ones step past it.
+            let goes_on = if at_least[0] {
+                let (key, value) = open.peek().expect("peeked above");
+                value.as_deref().is_none_or(|value| each(key, value))
+            } else if at_least[1] {
+                let (key, value) = committing.peek().expect("peeked above");
+                value.as_deref().is_none_or(|value| each(key, value))
+            } else {
+                let (key, value) = pending.as_ref().expect("peeked above");
+                each(key.value(), value.value())
+            };
+            if !goes_on {
+                return Ok(());
+            }
+            if at_least[0] {
+                open.next();
+            }
+            if at_least[1] {
+                committing.next();
+            }
+            if at_least[2] {
+                pending = base.next().transpose().map_err(|e| failed("scan", e))?;
+            }
+        }
+    }
+
+    /// The last entry with `from <= key <= to`, as owned key and value.
+    pub(crate) fn last_at_most(
+        &self,
+        table: Table,
+        from: &[u8],
+        to: &[u8],
+    ) -> Result<Option<Entry>, Errno> {
+        let state = self.state.read();
+        let empty = Changes::new();
+        let open = &state.open.changes[table as usize];
+        let committing = state
+            .committing
+            .as_ref()
+            .map_or(&empty, |g| &g.changes[table as usize]);
+        let mut upper = Bound::Included(to.to_vec());
+        loop {
+            let upto = match &upper {
+                Bound::Included(key) => Bound::Included(key.as_slice()),
+                Bound::Excluded(key) if key.as_slice() <= from => return Ok(None),
+                Bound::Excluded(key) => Bound::Excluded(key.as_slice()),
+                Bound::Unbounded => Bound::Unbounded,
+            };
+            let bounds = (Bound::Included(from), upto);
+            let newest = open.range::<[u8], _>(bounds).next_back();
+            let middle = committing.range::<[u8], _>(bounds).next_back();
+            let oldest = state.base[table as usize]
+                .range::<&[u8]>(bounds)
+                .map_err(|e| failed("scan", e))?
+                .next_back()
+                .transpose()
+                .map_err(|e| failed("scan", e))?;
+            let greatest = [
+                newest.map(|(key, _)| key.as_slice()),
+                middle.map(|(key, _)| key.as_slice()),
+                oldest.as_ref().map(|(key, _)| key.value()),
+            ]
+            .into_iter()
+            .flatten()
+            .max()
+            .map(<[u8]>::to_vec);
+            let Some(key) = greatest else { return Ok(None) };
+            let value = match (newest, middle) {
+                (Some((k, value)), _) if *k == key => value.clone(),
+                (_, Some((k, value))) if *k == key => value.clone(),
+                _ => oldest.as_ref().map(|(_, value)| value.value().to_vec()),
+            };
+            match value {
+                Some(value) => return Ok(Some((key, value))),
+                None => upper = Bound::Excluded(key),
+            }
+        }
+    }
+
+    /// Closes the open group; what follows goes into a new one. The caller made sure that no
+    /// operation is half way through, and that no group is committing.
+    pub(crate) fn freeze(&self) {
+        let mut state = self.state.write();
+        debug_assert!(state.committing.is_none(), "one commit at a time");
+        let frozen = std::mem::take(&mut state.open);
+        state.committing = Some(Arc::new(frozen));
+    }
+
+    /// Lets go of a frozen group that changed nothing.
+    pub(crate) fn forget_frozen(&self) -> Result<(), redb::Error> {
+        self.state.write().committing = None;
+        Ok(())
+    }
+
+    /// Makes the frozen group durable, with the changes of free space that belong to it.
+    pub(crate) fn commit(&self, space: &SpaceLog) -> Result<(), redb::Error> {
+        let group = self.state.read().committing.clone();
+        let Some(group) = group else { return Ok(()) };
+        let mut write = self.db.begin_write()?;
+        write.set_durability(Durability::Immediate)?;
+        write.set_quick_repair(true);
+        for (definition, changes) in DEFINITIONS.into_iter().zip(&group.changes) {
+            if changes.is_empty() {
+                continue;
+            }
+            let mut table = write.open_table(definition)?;
+            for (key, value) in changes {
+                match value {
+                    Some(value) => drop(table.insert(key.as_slice(), value.as_slice())?),
+                    None => drop(table.remove(key.as_slice())?),
+                }
+            }
+        }
+        {
+            let mut free = write.open_table(FREE)?;
+            space.apply(&mut free)?;
+        }
+        write.commit()?;
+        let base = Self::snapshot(&self.db)?;
+        let mut state = self.state.write();
+        let old = std::mem::replace(&mut state.base, base);
+        state.committing = None;
+        drop(state);
+        drop(old);
+        Ok(())
+    }
+
+    /// Hands every free extent of the durable state to `each`, in order.
+    pub(crate) fn scan_free(&self, each: &mut dyn FnMut(u64, u64)) -> Result<(), redb::Error> {
+        use redb::ReadableTable;
+        let read = self.db.begin_read()?;
+        let table = read.open_table(FREE)?;
+        for entry in table.iter()? {
+            let (start, len) = entry?;
+            each(start.value(), len.value());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,103 @@
+//! Extended attributes: one row each. (The row with the empty name is a symbolic link's target.)
+
+use crate::filesystem::FileSystem;
+use crate::meta::records::{ino_key, name_key};
+use crate::meta::store::Table;
+use crate::{Errno, Ino, NAME_MAX, XATTR_SIZE_MAX};
+
+fn check_xattr_name(name: &[u8]) -> Result<(), Errno> {
+    match name.len() {
+        0 => Err(Errno::INVAL),
+        len if len > NAME_MAX => Err(Errno::RANGE),
+        _ => Ok(()),
+    }
+}
+
+impl FileSystem {
+    /// Sets an attribute. `flags`: XATTR_CREATE, XATTR_REPLACE. `clear_sgid`: drop the
+    /// set-group-id bit as well, as the kernel asks when an ACL changes.
+    pub fn setxattr(
+        &self,
+        ino: Ino,
+        name: &[u8],
+        value: &[u8],
+        flags: i32,
+        clear_sgid: bool,
+    ) -> Result<(), Errno> {
+        check_xattr_name(name)?;
+        if value.len() > XATTR_SIZE_MAX {
+            return Err(Errno::TOOBIG);
+        }
+        self.check_writable()?;
+        self.check_meta_room()?;
+        self.balance_group()?;
+        let inode = self.inode(ino)?;
+        let key = name_key(ino, name);
+        let _pass = self.gate.enter();
+        let _map = inode.map.write();
+        let exists = self
+            .store
+            .get(Table::Xattrs, &key, |value| value.is_some())?;
+        if exists && flags & libc::XATTR_CREATE != 0 {
+            return Err(Errno::EXIST);
+        }
+        if !exists && flags & libc::XATTR_REPLACE != 0 {
+            return Err(Errno::NODATA);
+        }
+        self.store.put(Table::Xattrs, &key, value);
+        if clear_sgid {
+            inode.state.lock().attr.mode &= !libc::S_ISGID;
+        }
+        inode.touch_changed();
+        self.mark_dirty(&inode);
+        Ok(())
+    }
+
+    /// The value of an attribute.
+    pub fn getxattr(&self, ino: Ino, name: &[u8]) -> Result<Vec<u8>, Errno> {
+        check_xattr_name(name)?;
+        self.store
+            .get(Table::Xattrs, &name_key(ino, name), |value| {
+                value.map(<[u8]>::to_vec)
+            })?
+            .ok_or(Errno::NODATA)
+    }
+
+    /// The names of all attributes, each ended by a zero byte.
+    pub fn listxattr(&self, ino: Ino) -> Result<Vec<u8>, Errno> {
+        let mut names = Vec::new();
+        self.store.scan(
+            Table::Xattrs,
+            &ino_key(ino),
+            &ino_key(ino + 1),
+            &mut |key, _| {
+                if let Some(name) = key.get(8..).filter(|name| !name.is_empty()) {
+                    names.extend_from_slice(name);
+                    names.push(0);
+                }
+                true
+            },
+        )?;
+        Ok(names)
+    }
+
+    /// Removes an attribute.
+    pub fn removexattr(&self, ino: Ino, name: &[u8]) -> Result<(), Errno> {
+        check_xattr_name(name)?;
+        self.check_writable()?;
+        let inode = self.inode(ino)?;
+        let key = name_key(ino, name);
+        let _pass = self.gate.enter();
+        let _map = inode.map.write();
+        if !self
+            .store
+            .get(Table::Xattrs, &key, |value| value.is_some())?
+        {
+            return Err(Errno::NODATA);
+        }
+        self.store.delete(Table::Xattrs, &key);
+        inode.touch_changed();
+        self.mark_dirty(&inode);
+        Ok(())
+    }
+}

@@ -1,0 +1,396 @@
+//! The core without a mount, on simulated devices.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::sync::Arc;
+
+use braidfs::{Errno, ROOT_INO, SetAttr, SetTime, Timestamp};
+use common::*;
+
+const MIB: usize = 1 << 20;
+
+#[test]
+fn an_empty_file_system_is_sound_and_mounts_again() {
+    let devices = devices(3, 64 << 20);
+    format(&devices);
+    assert_eq!(check(&devices).inodes, 1);
+    for _ in 0..3 {
+        let fs = mount(&devices);
+        assert!(fs.getattr(ROOT_INO).unwrap().is_dir());
+        assert!(names(&fs, ROOT_INO).is_empty());
+        fs.unmount().unwrap();
+    }
+    check(&devices);
+}
+
+#[test]
+fn data_and_attributes_survive_a_remount() {
+    let devices = devices(4, 64 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let file = create(&fs, ROOT_INO, "data");
+    let bytes = pattern(1, 9 * MIB + 1234);
+    for (nth, piece) in bytes.chunks(MIB).enumerate() {
+        write(&fs, &file, (nth * MIB) as u64, piece);
+    }
+    let time = Timestamp {
+        secs: -5,
+        nanos: 123_456_789,
+    };
+    let set = SetAttr {
+        mtime: Some(SetTime::At(time)),
+        mode: Some(0o4711),
+        ..Default::default()
+    };
+    fs.setattr(file.ino(), &set, &CRED).unwrap();
+    let dir = fs.mkdir(ROOT_INO, b"dir", 0o755, &CRED).unwrap();
+    fs.symlink(dir.ino, b"link", b"../data", &CRED).unwrap();
+    fs.link(file.ino(), dir.ino, b"hard").unwrap();
+    fs.mknod(dir.ino, b"null", libc::S_IFCHR | 0o666, 0x103, &CRED)
+        .unwrap();
+    fs.setxattr(file.ino(), b"user.one", b"value", 0, false)
+        .unwrap();
+    let before = fs.getattr(file.ino()).unwrap();
+    fs.unmount().unwrap();
+
+    let report = check(&devices);
+    assert_eq!((report.inodes, report.entries), (5, 5));
+    let fs = mount(&devices);
+    let file = open(&fs, "data");
+    let mut after = fs.getattr(file.ino()).unwrap();
+    after.atime = before.atime;
+    after.blocks = before.blocks;
+    assert_eq!(after, before);
+    assert_eq!(after.mtime, time);
+    assert_eq!(after.nlink, 2);
+    assert_eq!(after.blocks, (bytes.len() as u64).div_ceil(4096) * 8);
+    assert!(read(&fs, &file, 0, bytes.len() + 10) == bytes);
+    assert_eq!(fs.getxattr(file.ino(), b"user.one").unwrap(), b"value");
+    assert_eq!(names(&fs, dir.ino), ["link", "hard", "null"]);
+    let link = fs.lookup(dir.ino, b"link").unwrap();
+    assert_eq!(fs.readlink(link.ino).unwrap(), b"../data");
+    assert_eq!(fs.lookup(dir.ino, b"null").unwrap().rdev, 0x103);
+    fs.unmount().unwrap();
+}
+
+#[test]
+fn direct_io_and_the_cache_agree() {
+    let devices = devices(4, 64 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let file = create(&fs, ROOT_INO, "f");
+    let (one, two) = (pattern(1, MIB), pattern(2, 256 << 10));
+    write(&fs, &file, 0, &one);
+    assert_eq!(try_write(&fs, &file, 512 << 10, &two, true), Ok(256 << 10));
+    let mut want = one.clone();
+    want[512 << 10..768 << 10].copy_from_slice(&two);
+    assert!(try_read(&fs, &file, 0, MIB, true).unwrap() == want);
+    assert!(try_read(&fs, &file, 0, MIB, false).unwrap() == want);
+    // Direct over uncached, then buffered over that.
+    assert_eq!(try_write(&fs, &file, 4 << 20, &one, true), Ok(1 << 20));
+    write(&fs, &file, (4 << 20) + 100, b"hello");
+    let mut want = one.clone();
+    want[100..105].copy_from_slice(b"hello");
+    assert!(try_read(&fs, &file, 4 << 20, MIB, true).unwrap() == want);
+    // The hole between reads as zeros, directly too.
+    assert!(
+        try_read(&fs, &file, 2 << 20, MIB, true)
+            .unwrap()
+            .iter()
+            .all(|&byte| byte == 0)
+    );
+    fs.unmount().unwrap();
+    check(&devices);
+    let fs = mount(&devices);
+    let file = open(&fs, "f");
+    assert!(try_read(&fs, &file, 4 << 20, MIB, true).unwrap() == want);
+    fs.unmount().unwrap();
+}
+
+#[test]
+fn truncation_leaves_zeros_and_frees_space() {
+    let devices = devices(2, 64 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let file = create(&fs, ROOT_INO, "f");
+    let bytes = pattern(3, 3 * MIB);
+    write(&fs, &file, 0, &bytes[..MIB]);
+    write(&fs, &file, MIB as u64, &bytes[MIB..2 * MIB]);
+    write(&fs, &file, 2 * MIB as u64, &bytes[2 * MIB..]);
+    fs.sync().unwrap();
+    let size = |size| SetAttr {
+        size: Some(size),
+        ..Default::default()
+    };
+    fs.setattr(file.ino(), &size(5000), &CRED).unwrap();
+    fs.setattr(file.ino(), &size(2 * MIB as u64), &CRED)
+        .unwrap();
+    let mut want = vec![0; 2 * MIB];
+    want[..5000].copy_from_slice(&bytes[..5000]);
+    assert!(read(&fs, &file, 0, 2 * MIB) == want);
+    fs.sync().unwrap();
+    assert_eq!(fs.getattr(file.ino()).unwrap().blocks, 2 * 8);
+    fs.unmount().unwrap();
+    check(&devices);
+    let fs = mount(&devices);
+    assert!(read(&fs, &open(&fs, "f"), 0, 2 * MIB) == want);
+    fs.unmount().unwrap();
+}
+
+#[test]
+fn an_unlinked_open_file_lives_until_its_last_user_goes() {
+    let devices = devices(2, 64 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let free = fs.statfs().bfree;
+    let file = create(&fs, ROOT_INO, "f");
+    let bytes = pattern(4, 2 * MIB);
+    write(&fs, &file, 0, &bytes[..MIB]);
+    fs.unlink(ROOT_INO, b"f").unwrap();
+    assert_eq!(fs.lookup(ROOT_INO, b"f"), Err(Errno::NOENT));
+    write(&fs, &file, MIB as u64, &bytes[MIB..]);
+    fs.sync().unwrap();
+    assert!(read(&fs, &file, 0, 2 * MIB) == bytes);
+    fs.release(&file);
+    fs.forget(file.ino(), 1);
+    drop(file);
+    fs.unmount().unwrap();
+    let report = check(&devices);
+    assert_eq!(
+        (report.inodes, report.orphans, report.data_blocks),
+        (1, 0, 0)
+    );
+    let fs = mount(&devices);
+    assert_eq!(fs.statfs().bfree, free);
+    fs.unmount().unwrap();
+}
+
+#[test]
+fn renames_replace_exchange_and_refuse_loops() {
+    let devices = devices(2, 64 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let a = fs.mkdir(ROOT_INO, b"a", 0o755, &CRED).unwrap().ino;
+    let b = fs.mkdir(a, b"b", 0o755, &CRED).unwrap().ino;
+    let file = create(&fs, a, "f");
+    write(&fs, &file, 0, b"new");
+    create(&fs, b, "g");
+    assert_eq!(
+        fs.rename(ROOT_INO, b"a", b, b"x", 0, &CRED),
+        Err(Errno::INVAL)
+    );
+    assert_eq!(
+        fs.rename(a, b"f", ROOT_INO, b"a", 0, &CRED),
+        Err(Errno::ISDIR)
+    );
+    assert_eq!(fs.rename(a, b"b", a, b"f", 0, &CRED), Err(Errno::NOTDIR));
+    assert_eq!(fs.rmdir(a, b"b"), Err(Errno::NOTEMPTY));
+    let noreplace = libc::RENAME_NOREPLACE;
+    assert_eq!(
+        fs.rename(a, b"f", b, b"g", noreplace, &CRED),
+        Err(Errno::EXIST)
+    );
+    fs.rename(a, b"f", b, b"g", 0, &CRED).unwrap();
+    assert_eq!(fs.lookup(b, b"g").unwrap().ino, file.ino());
+    // Exchanging would put `a` below itself.
+    let exchange = libc::RENAME_EXCHANGE;
+    assert_eq!(
+        fs.rename(b, b"g", ROOT_INO, b"a", exchange, &CRED),
+        Err(Errno::INVAL)
+    );
+    let c = fs.mkdir(ROOT_INO, b"c", 0o755, &CRED).unwrap().ino;
+    fs.rename(b, b"g", ROOT_INO, b"c", exchange, &CRED).unwrap();
+    assert_eq!(fs.lookup(ROOT_INO, b"c").unwrap().ino, file.ino());
+    assert_eq!(fs.lookup(b, b"g").unwrap().ino, c);
+    assert_eq!(fs.lookup(c, b"..").unwrap().ino, b);
+    let free = fs.rename(b, b"g", b, b"none", exchange, &CRED);
+    assert_eq!(free, Err(Errno::NOENT));
+    fs.unmount().unwrap();
+    check(&devices);
+}
+
+#[test]
+fn a_full_volume_says_so_and_deletion_gives_the_space_back() {
+    let devices = devices(2, 32 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let file = create(&fs, ROOT_INO, "f");
+    let bytes = pattern(5, MIB);
+    let mut written = 0;
+    let error = loop {
+        match try_write(&fs, &file, written, &bytes, false) {
+            Ok(count) => written += u64::from(count),
+            Err(error) => break error,
+        }
+        assert!(written < 64 << 20, "more than the devices hold");
+    };
+    assert_eq!(error, Errno::NOSPC);
+    assert!(written > 32 << 20, "only {written} bytes fit");
+    fs.fsync(&file, false).unwrap();
+    for piece in 0..written / MIB as u64 {
+        assert!(
+            read(&fs, &file, piece * MIB as u64, MIB) == bytes,
+            "MiB {piece}"
+        );
+    }
+    fs.release(&file);
+    fs.forget(file.ino(), 1);
+    drop(file);
+    fs.unlink(ROOT_INO, b"f").unwrap();
+    let file = create(&fs, ROOT_INO, "g");
+    for piece in 0..written / MIB as u64 {
+        write(&fs, &file, piece * MIB as u64, &bytes);
+    }
+    fs.unmount().unwrap();
+    check(&devices);
+}
+
+#[test]
+fn what_fsync_promised_survives_a_power_cut_and_the_rest_is_a_prefix() {
+    for seed in 0..20 {
+        let devices = devices(3, 64 << 20);
+        format(&devices);
+        let fs = mount(&devices);
+        let file = create(&fs, ROOT_INO, "kept");
+        let bytes = pattern(seed, 3 * MIB);
+        for (nth, piece) in bytes.chunks(MIB).enumerate() {
+            write(&fs, &file, (nth * MIB) as u64, piece);
+        }
+        fs.fsync(&file, false).unwrap();
+        let other = create(&fs, ROOT_INO, "maybe");
+        write(&fs, &other, 0, &pattern(99, MIB));
+        write(&fs, &file, 0, &pattern(98, 100));
+        let wrecks: Vec<_> = devices
+            .iter()
+            .enumerate()
+            .map(|(nth, device)| {
+                let power = braidfs_blockdev::device::sim::SimPower::new();
+                let image = device.crash(seed * 7 + nth as u64);
+                braidfs_blockdev::SimDevice::from_image(&format!("sim{nth}"), image, &power)
+            })
+            .collect();
+        check(&wrecks);
+        let after = mount(&wrecks);
+        let file = open(&after, "kept");
+        assert_eq!(after.getattr(file.ino()).unwrap().size, bytes.len() as u64);
+        assert!(read(&after, &file, 100, 3 * MIB - 100) == bytes[100..]);
+        after.unmount().unwrap();
+        check(&wrecks);
+        fs.unmount().unwrap();
+    }
+}
+
+#[test]
+fn flipped_data_is_an_error_and_never_wrong_bytes() {
+    let devices = devices(2, 64 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let file = create(&fs, ROOT_INO, "f");
+    write(&fs, &file, 0, &vec![0xab; MIB]);
+    fs.unmount().unwrap();
+    // Find the file's bytes on the devices and turn one bit over.
+    let place = devices.iter().find_map(|device| {
+        let image = device.image();
+        image
+            .chunks_exact(4096)
+            .position(|block| block.iter().all(|&byte| byte == 0xab))
+            .map(|block| (Arc::clone(device), block as u64 * 4096))
+    });
+    let (device, at) = place.expect("the data is there");
+    device.flip_bit(at + 17, 3);
+    let fs = mount(&devices);
+    let file = open(&fs, "f");
+    let mut failed = 0;
+    for page in 0..256 {
+        for direct in [false, true] {
+            match try_read(
+                &fs,
+                &file,
+                page * 4096,
+                if direct { 64 << 10 } else { 4096 },
+                direct,
+            ) {
+                Ok(bytes) => assert!(bytes.iter().all(|&byte| byte == 0xab)),
+                Err(error) => {
+                    assert_eq!(error, Errno::IO);
+                    failed += 1;
+                }
+            }
+        }
+    }
+    assert!(failed >= 1);
+    fs.unmount().unwrap();
+}
+
+#[test]
+fn ranges_punch_zero_seek_and_copy() {
+    let devices = devices(2, 64 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let file = create(&fs, ROOT_INO, "f");
+    let bytes = pattern(6, MIB);
+    write(&fs, &file, 0, &bytes);
+    write(&fs, &file, 4 << 20, &bytes);
+    assert_eq!(fs.lseek(&file, 0, libc::SEEK_HOLE), Ok(1 << 20));
+    assert_eq!(fs.lseek(&file, 1 << 20, libc::SEEK_DATA), Ok(4 << 20));
+    assert_eq!(fs.lseek(&file, 5 << 20, libc::SEEK_DATA), Err(Errno::NXIO));
+    let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    fs.fallocate(&file, punch, 5000, 100_000).unwrap();
+    let mut want = bytes.clone();
+    want[5000..105_000].fill(0);
+    assert!(read(&fs, &file, 0, MIB) == want);
+    assert_eq!(fs.lseek(&file, 0, libc::SEEK_HOLE), Ok(8192));
+    fs.fallocate(&file, 0, 6 << 20, 1 << 20).unwrap();
+    assert_eq!(fs.getattr(file.ino()).unwrap().size, 7 << 20);
+    assert!(read(&fs, &file, 6 << 20, MIB).iter().all(|&byte| byte == 0));
+    let copy = create(&fs, ROOT_INO, "copy");
+    assert_eq!(
+        fs.copy_file_range(&file, 0, &copy, 10, MIB as u64),
+        Ok(MIB as u64)
+    );
+    assert!(read(&fs, &copy, 10, MIB) == want);
+    fs.unmount().unwrap();
+    check(&devices);
+}
+
+#[test]
+fn a_listing_is_stable_while_others_come_and_go() {
+    let devices = devices(1, 64 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    for nth in 0..1000 {
+        create(&fs, ROOT_INO, &format!("file{nth:04}"));
+    }
+    let mut seen = Vec::new();
+    let mut cookie = 0;
+    for round in 0.. {
+        let mut batch = 0;
+        fs.readdir(ROOT_INO, cookie, &mut |entry| {
+            seen.push(String::from_utf8_lossy(entry.name).into_owned());
+            cookie = entry.cookie;
+            batch += 1;
+            batch < 100
+        })
+        .unwrap();
+        if batch == 0 {
+            break;
+        }
+        // Odd ones that were listed go, others come.
+        if round < 5 {
+            fs.unlink(ROOT_INO, format!("file{:04}", round * 2 + 1).as_bytes())
+                .unwrap();
+            create(&fs, ROOT_INO, &format!("late{round}"));
+        }
+    }
+    for nth in (0..1000).step_by(2) {
+        let name = format!("file{nth:04}");
+        assert_eq!(
+            seen.iter().filter(|seen| **seen == name).count(),
+            1,
+            "{name}"
+        );
+    }
+    fs.unmount().unwrap();
+    check(&devices);
+}
