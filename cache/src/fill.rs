@@ -82,6 +82,9 @@ struct Fill {
     pending: AtomicU32,
 }
 
+/// A fill and the kiobufs that it waits for.
+type Prepared = (Arc<Fill>, Vec<(VolBlock, Kiobuf)>);
+
 impl AddressSpace {
     /// Asks where the planned pages live and reads them.
     pub(crate) fn start_fills(self: &Arc<Self>, plans: Vec<Plan>, class: Class) {
@@ -116,7 +119,7 @@ impl AddressSpace {
         plan: Plan,
         extents: Vec<Extent>,
         crcs: Vec<u32>,
-    ) -> Option<(Arc<Fill>, Vec<(VolBlock, Kiobuf)>)> {
+    ) -> Option<Prepared> {
         let bytes = plan.frames.iter().map(Frame::len).sum();
         let mut frames = FrameVec::new(plan.frames, bytes);
         let mut at = plan.pages.start;

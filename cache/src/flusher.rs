@@ -1,6 +1,7 @@
 //! The threads that write back in the background, and the list of spaces that need it.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -52,6 +53,7 @@ impl DirtyList {
 pub(crate) struct FlushSignal {
     wanted: Mutex<Wanted>,
     wake: Condvar,
+    kicked: AtomicBool,
     /// Told when a group of pages has been written.
     pub progress: Event,
 }
@@ -68,13 +70,17 @@ impl FlushSignal {
         Self {
             wanted: Mutex::default(),
             wake: Condvar::new(),
+            kicked: AtomicBool::new(false),
             progress: Event::new(),
         }
     }
 
+    /// Cheap when somebody has kicked and no flusher has looked since.
     pub fn kick(&self) {
-        self.wanted.lock().kicks += 1;
-        self.wake.notify_one();
+        if !self.kicked.swap(true, Ordering::AcqRel) {
+            self.wanted.lock().kicks += 1;
+            self.wake.notify_one();
+        }
     }
 
     pub fn want_memory(&self) {
@@ -97,6 +103,7 @@ impl FlushSignal {
             self.wake.wait_for(&mut wanted, limit);
         }
         wanted.kicks = 0;
+        self.kicked.store(false, Ordering::Release);
         let memory = std::mem::take(&mut wanted.memory);
         (!wanted.stop).then_some(memory)
     }

@@ -171,9 +171,7 @@ impl AddressSpace {
             if !folio.all_of(Bit::Uptodate, first, last - first) {
                 return None;
             }
-            if folio.touched(from, from + take) {
-                self.cache.counters.readahead_used.add(folio.pages() as u64);
-            }
+            used.push((folio, from, from + take));
             data.push(frame.clone(), from, take);
             at += take as u64;
         }

@@ -196,6 +196,9 @@ impl AddressSpace {
 
     /// Removes whole pages of the range, waiting for reads and writeback on them; gives how many
     /// dirty pages were dropped. Not to be called from the backing's callbacks.
+    ///
+    /// The owner lets no read or partial write of these pages begin between this call and the
+    /// moment from which its `map` shows them gone: it would bring the old content back.
     pub fn discard(&self, pages: PageRange) -> u64 {
         let mut dropped = 0;
         loop {

@@ -195,10 +195,13 @@ fn writers_are_slowed_and_dirty_memory_is_bounded() {
 #[test]
 fn shutdown_lets_a_throttled_writer_go() {
     within(Duration::from_secs(30), || {
-        let mut options = RigOptions::default();
-        options.cache = CacheConfig {
+        let cache = CacheConfig {
             size_bytes: 8 * MIB,
             ..CacheConfig::default()
+        };
+        let options = RigOptions {
+            cache,
+            ..RigOptions::default()
         };
         let rig = Rig::new(options);
         let space = rig.space(1);

@@ -154,7 +154,7 @@ fn disturber(shared: &Shared, seed: u64, errors: bool) {
     while !shared.stop.load(Ordering::Relaxed) {
         match rng.below(8) {
             0 => shared.rig.cache.drop_clean(),
-            1 => drop(shared.space.flush(PageRange::ALL)),
+            1 => shared.space.flush(PageRange::ALL).unwrap_or_default(),
             2 => shared.rig.cache.flush_all(braidfs_cache::SpaceClass::Data),
             3 => drop(shared.rig.cache.alloc_private(1 + rng.below(MIB) as usize)),
             4 if errors => {
@@ -166,10 +166,11 @@ fn disturber(shared: &Shared, seed: u64, errors: bool) {
             5 if errors => shared.rig.sims.iter().for_each(|sim| sim.heal()),
             _ => {
                 let start = rng.below(4 * REGION - 1);
-                drop(shared.space.flush(PageRange {
-                    start,
-                    end: start + 1 + rng.below(200),
-                }));
+                let end = start + 1 + rng.below(200);
+                shared
+                    .space
+                    .flush(PageRange { start, end })
+                    .unwrap_or_default();
             }
         }
         shared.space.has_pages(PageRange::ALL);
