@@ -3,7 +3,12 @@
 mod bytes;
 mod file;
 mod gate;
+#[cfg(not(loom))]
 mod mailbox;
+/// Public only for the loom tests.
+#[cfg(loom)]
+#[doc(hidden)]
+pub mod mailbox;
 pub mod open;
 mod pool;
 pub mod sim;

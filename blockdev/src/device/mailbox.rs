@@ -8,7 +8,7 @@ use crate::sync::Mutex;
 use std::sync::PoisonError;
 
 /// Items for one owner.
-pub(crate) struct Mailbox<T> {
+pub struct Mailbox<T> {
     state: Mutex<State<T>>,
 }
 
@@ -20,7 +20,7 @@ struct State<T> {
 
 /// What the owner may do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Next {
+pub enum Next {
     /// There are items.
     Work,
     /// Nothing to do: sleep until woken.
@@ -30,7 +30,7 @@ pub(crate) enum Next {
 }
 
 impl<T> Mailbox<T> {
-    pub(crate) fn new() -> Mailbox<T> {
+    pub fn new() -> Mailbox<T> {
         Mailbox {
             state: Mutex::new(State {
                 items: Vec::new(),
@@ -46,7 +46,7 @@ impl<T> Mailbox<T> {
 
     /// Adds items; true if the owner sleeps and must be woken by the caller.
     #[must_use]
-    pub(crate) fn post(&self, items: impl Iterator<Item = T>) -> bool {
+    pub fn post(&self, items: impl Iterator<Item = T>) -> bool {
         self.with(|state| {
             state.items.extend(items);
             std::mem::take(&mut state.asleep)
@@ -55,7 +55,7 @@ impl<T> Mailbox<T> {
 
     /// Says that nothing more will be posted; true if the owner must be woken.
     #[must_use]
-    pub(crate) fn close(&self) -> bool {
+    pub fn close(&self) -> bool {
         self.with(|state| {
             state.closed = true;
             std::mem::take(&mut state.asleep)
@@ -63,12 +63,12 @@ impl<T> Mailbox<T> {
     }
 
     /// The owner takes what is there.
-    pub(crate) fn take(&self, put: impl FnOnce(std::vec::Drain<'_, T>)) {
+    pub fn take(&self, put: impl FnOnce(std::vec::Drain<'_, T>)) {
         self.with(|state| put(state.items.drain(..)));
     }
 
     /// The owner has nothing to do: what next? After `Sleep` it must wait for a wake-up.
-    pub(crate) fn next(&self) -> Next {
+    pub fn next(&self) -> Next {
         self.with(|state| {
             if !state.items.is_empty() {
                 return Next::Work;
@@ -82,7 +82,7 @@ impl<T> Mailbox<T> {
     }
 
     /// The owner is awake for another reason.
-    pub(crate) fn awake(&self) {
+    pub fn awake(&self) {
         self.with(|state| state.asleep = false);
     }
 }
