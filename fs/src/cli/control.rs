@@ -11,6 +11,7 @@
 //! A device number belongs to one mount at a time, so whatever lies at its path when a mount begins
 //! is left over from an earlier one.
 
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, Permissions};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
@@ -41,6 +42,9 @@ const HANGUP_CHECK: Duration = Duration::from_millis(250);
 /// How long the daemon's end waits until all who wait have been told.
 const FAREWELL: Duration = Duration::from_secs(2);
 
+/// Age from which a socket that nobody listens on is left over.
+const SETTLED: Duration = Duration::from_secs(10);
+
 /// The daemon's end.
 pub struct ControlServer {
     path: PathBuf,
@@ -64,7 +68,8 @@ struct Inner {
 impl ControlServer {
     /// Listens for a mount.
     pub fn start(directory: &Path, mount: MountHandle) -> io::Result<Self> {
-        let path = directory.join(socket_name(mount.dev()));
+        remove_stale(directory);
+        let path = directory.join(socket_name(mount.mount().dev));
         match fs::remove_file(&path) {
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
             _ => {}
@@ -113,6 +118,26 @@ impl ControlServer {
             if self.state.changed.wait_until(&mut inner, until).timed_out() {
                 return;
             }
+        }
+    }
+}
+
+/// Removes sockets of daemons that were killed. One that was made a moment ago may not listen yet.
+fn remove_stale(directory: &Path) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let settled = entry
+            .metadata()
+            .and_then(|meta| meta.modified())
+            .is_ok_and(|made| made.elapsed().is_ok_and(|age| age >= SETTLED));
+        if path.extension() != Some(OsStr::new("sock")) || !settled {
+            continue;
+        }
+        let refused = |error: io::Error| error.kind() == ErrorKind::ConnectionRefused;
+        if UnixStream::connect(&path).is_err_and(refused)
+            && let Err(error) = fs::remove_file(&path)
+        {
+            debug!("{}: {error}", path.display());
         }
     }
 }
@@ -343,6 +368,26 @@ mod tests {
         let link = folder.path().join("link");
         std::os::unix::fs::symlink(folder.path(), &link).unwrap();
         assert!(make_private(&link, uid).is_err());
+    }
+
+    #[test]
+    fn only_sockets_that_nobody_listens_on_are_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let _alive = UnixListener::bind(path("0-1.sock")).unwrap();
+        drop(UnixListener::bind(path("0-2.sock")).unwrap());
+        drop(UnixListener::bind(path("0-3.sock")).unwrap());
+        for name in ["0-1.sock", "0-2.sock"] {
+            // A socket cannot be opened, so its time is set through its path.
+            let path = path(name);
+            let time = nix::sys::time::TimeSpec::new(0, 0);
+            let follow = nix::sys::stat::UtimensatFlags::NoFollowSymlink;
+            nix::sys::stat::utimensat(nix::fcntl::AT_FDCWD, &path, &time, &time, follow).unwrap();
+        }
+        remove_stale(folder.path());
+        assert!(path("0-1.sock").exists(), "somebody listens there");
+        assert!(!path("0-2.sock").exists(), "nobody listens there any more");
+        assert!(path("0-3.sock").exists(), "it may be about to listen");
     }
 
     #[test]

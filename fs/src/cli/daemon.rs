@@ -21,6 +21,7 @@ use super::devices::{Member, find_members, open_all};
 use super::exit::{self, CliError};
 use super::logger;
 use super::options::ParsedOptions;
+use crate::fuse::mounts::MountEntry;
 use crate::fuse::{self, FuseOptions, MountHandle, MountSpec, Mounted, Unmount};
 use crate::{FileSystem, MountError};
 
@@ -180,7 +181,7 @@ fn take_out(handle: &MountHandle) {
     if let Err(error) = handle.unmount(Unmount::Lazy) {
         warn!(
             "{}: cannot unmount: {error}",
-            handle.mount_point().display()
+            handle.mount().mount_point.display()
         );
     }
 }
@@ -202,14 +203,13 @@ fn start_threads(
             let _start_failed = ended.send(result);
         })?;
     let file_system = Arc::downgrade(handle.file_system());
-    let (mount_point, dev) = (handle.mount_point().to_owned(), handle.dev());
+    let mount = handle.mount().clone();
     thread::Builder::new()
         .name("braidfs-signals".into())
         .spawn(move || {
             let target = SignalTarget {
                 file_system,
-                mount_point,
-                dev,
+                mount,
                 background,
             };
             target.serve(&signals);
@@ -288,8 +288,7 @@ fn block_signals() -> Result<SigSet, CliError> {
 /// What the signal thread may touch. It keeps nothing alive.
 struct SignalTarget {
     file_system: std::sync::Weak<FileSystem>,
-    mount_point: PathBuf,
-    dev: (u32, u32),
+    mount: MountEntry,
     background: bool,
 }
 
@@ -317,8 +316,8 @@ impl SignalTarget {
     }
 
     fn end_soon(&self) {
-        let place = self.mount_point.display();
-        match fuse::unmount_if_ours(&self.mount_point, self.dev, Unmount::Normal) {
+        let place = self.mount.mount_point.display();
+        match fuse::unmount_if_ours(&self.mount, Unmount::Normal) {
             Ok(()) => return,
             Err(Errno::EBUSY) => warn!(
                 "{place} is in use: taken out of the tree; the daemon ends when the last user is \
@@ -326,7 +325,7 @@ impl SignalTarget {
             ),
             Err(error) => warn!("{place}: cannot unmount: {error}"),
         }
-        if let Err(error) = fuse::unmount_if_ours(&self.mount_point, self.dev, Unmount::Lazy) {
+        if let Err(error) = fuse::unmount_if_ours(&self.mount, Unmount::Lazy) {
             warn!("{place}: cannot unmount: {error}");
         }
         // Whatever the users do next, what they did until now is to be safe.
@@ -338,7 +337,7 @@ impl SignalTarget {
     }
 
     fn end_now(&self) {
-        if fuse::abort_connection(self.dev).is_ok() {
+        if fuse::abort_connection(self.mount.dev).is_ok() {
             return;
         }
         // Without the right to abort: when this process ends, so does its connection.

@@ -40,22 +40,29 @@ pub fn device_list(words: &[OsString]) -> Result<Vec<PathBuf>, String> {
     Ok(paths)
 }
 
-/// What the mount table shows for these words: one word as it was given, several joined by colons.
+/// What the mount table shows for these words: the devices, joined by colons. Absolute paths stay as
+/// they were given, to the byte.
 pub fn source_name(words: &[OsString]) -> String {
     /// The kernel takes up to a page for the source; mount tables are read by people.
     const SOURCE_BYTES_MAX: usize = 1024;
-    if let [word] = words {
-        return word.to_string_lossy().into_owned();
-    }
-    let absolute = |word: &OsString| {
-        let path = std::path::absolute(word).unwrap_or_else(|_| PathBuf::from(word));
-        path.to_string_lossy().into_owned()
+    let Ok(paths) = device_list(words) else {
+        return words
+            .first()
+            .map(|word| word.to_string_lossy().into_owned())
+            .unwrap_or_default();
     };
-    let joined = words.iter().map(absolute).collect::<Vec<_>>().join(":");
+    let absolute = |path: &PathBuf| {
+        let absolute = match path.is_relative() {
+            true => std::path::absolute(path).unwrap_or_else(|_| path.clone()),
+            false => path.clone(),
+        };
+        absolute.to_string_lossy().into_owned()
+    };
+    let joined = paths.iter().map(absolute).collect::<Vec<_>>().join(":");
     if joined.len() <= SOURCE_BYTES_MAX {
         return joined;
     }
-    words.first().map(absolute).unwrap_or_default()
+    paths.first().map(absolute).unwrap_or_default()
 }
 
 /// A member with its label.
@@ -287,7 +294,8 @@ mod tests {
     #[test]
     fn sources_stay_as_given_or_are_joined() {
         let words = |words: &[&str]| words.iter().map(OsString::from).collect::<Vec<_>>();
-        assert_eq!(source_name(&words(&["a:b"])), "a:b");
+        assert_eq!(source_name(&words(&["/a//x:/b"])), "/a//x:/b");
+        assert!(source_name(&words(&["a"])).starts_with('/'));
         assert_eq!(source_name(&words(&["/a", "/b"])), "/a:/b");
         let long = "/".to_owned() + &"x".repeat(600);
         assert_eq!(source_name(&words(&[&long, &long])), long);

@@ -9,6 +9,7 @@
 //! | `options.rs` `size.rs` | what follows `-o`; sizes |
 //! | `table.rs` `print.rs` | tables, JSON |
 //! | `logger.rs` | log lines to the standard error, a file or syslog |
+//! | `descriptors.rs` | what a daemon does not keep of its caller |
 //! | `exit.rs` | exit codes |
 //!
 //! The binary also answers to the names under which mount(8), umount(8), mkfs(8) and fsck(8) look
@@ -16,6 +17,7 @@
 
 mod control;
 mod daemon;
+mod descriptors;
 mod devices;
 mod exit;
 mod fsck;

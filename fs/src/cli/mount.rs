@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::{env, fs};
 
 use super::daemon::{self, Job};
+use super::descriptors::close_inherited;
 use super::devices::{device_list, find_members, io_text, source_name};
 use super::exit::{self, CliError};
 use super::options::ParsedOptions;
@@ -76,6 +77,9 @@ pub struct HelperArgs {
 
 /// `braidfs mount`.
 pub fn run(args: &MountArgs) -> Result<(), CliError> {
+    if args.daemon_child {
+        close_inherited();
+    }
     let job = job(args)?;
     if args.foreground || args.daemon_child {
         if args.daemon_child {

@@ -47,23 +47,41 @@ pub fn run(args: &UmountArgs) -> Result<(), CliError> {
         (_, true) => Unmount::Lazy,
         _ => Unmount::Normal,
     };
+    // Asked first, as afterwards there is nothing to ask; and not of a mount that may hang.
+    let dead = how == Unmount::Normal
+        && nix::sys::statvfs::statvfs(&entry.mount_point) == Err(Errno::ENOTCONN);
     // The daemon must know that we wait before the mount is gone.
-    let waiting = control::connect(&entry)
-        .map(Waiting::begin)
-        .transpose()
-        .unwrap_or_default();
-    unmount(&entry.mount_point, how).map_err(|error| refused(&place, error, how))?;
-    if args.lazy && !args.force {
+    let waiting = match dead {
+        true => None,
+        false => control::connect(&entry).and_then(|stream| Waiting::begin(stream).ok()),
+    };
+    detach(&entry.mount_point, how).map_err(|error| refused(&place, error, how))?;
+    if how == Unmount::Lazy {
         return Ok(());
     }
     match waiting {
         Some(waiting) => waiting
             .end()
             .map_err(|error| exit::failure(format!("{place} is unmounted, but {error}"))),
+        None if dead => {
+            log::warn!(
+                "{place} is unmounted; its daemon had ended before, so what was neither fsynced \
+                 nor committed by then is lost"
+            );
+            Ok(())
+        }
         None => Err(exit::failure(format!(
-            "{place} is unmounted, but its daemon could not be asked whether all data is safe; \
-             what was not fsynced may be lost if it has ended"
+            "{place} is unmounted, but its daemon could not be asked whether all data is safe yet"
         ))),
+    }
+}
+
+/// A forced unmount ends the connection even where open files keep the mount; then it is to leave
+/// the tree as well.
+fn detach(mount_point: &Path, how: Unmount) -> Result<(), Errno> {
+    match unmount(mount_point, how) {
+        Err(Errno::EBUSY) if how == Unmount::Force => unmount(mount_point, Unmount::Lazy),
+        other => other,
     }
 }
 

@@ -18,7 +18,7 @@ use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair,
 };
 
-use super::mounts;
+use super::mounts::{self, MountEntry};
 
 const DEVICE: &str = "/dev/fuse";
 const FUSERMOUNT: &str = "fusermount3";
@@ -253,11 +253,16 @@ fn unmount_by_helper(mount_point: &Path, how: Unmount) -> Result<(), Errno> {
     }
 }
 
-/// Detaches the mount of a device number, if it is still the one on top of its mount point.
-pub fn unmount_if_ours(mount_point: &Path, dev: (u32, u32), how: Unmount) -> Result<(), Errno> {
-    let on_top = mounts::mount_at(mount_point).map_err(|_| Errno::EIO)?;
+/// Detaches a mount, if it is still the one on top of its mount point.
+///
+/// Device numbers are reused, but not together with a source whose members somebody holds; so the
+/// caller must still hold them.
+pub fn unmount_if_ours(mount: &MountEntry, how: Unmount) -> Result<(), Errno> {
+    let on_top = mounts::mount_at(&mount.mount_point).map_err(|_| Errno::EIO)?;
     match on_top {
-        Some(entry) if entry.dev == dev => unmount(mount_point, how),
+        Some(entry) if entry.dev == mount.dev && entry.source == mount.source => {
+            unmount(&mount.mount_point, how)
+        }
         _ => Ok(()),
     }
 }

@@ -1,7 +1,6 @@
 //! From a mounted core to a served mount point.
 
 use std::io;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use fuser::{Config, Session, SessionACL};
@@ -12,8 +11,9 @@ use serde_json::Value;
 use super::attach::{self, AttachError, MountSpec, Unmount};
 use super::blocking::Blocking;
 use super::handles::Handles;
+use super::mounts::{self, MountEntry};
 use super::stats::FuseStats;
-use super::{CacheMode, FrontEnd, FuseOptions, Shared, mounts};
+use super::{CacheMode, FrontEnd, FuseOptions, Shared};
 use crate::FileSystem;
 
 /// What the kernel's readahead is raised to where its page cache is used, in KiB: one request.
@@ -29,8 +29,7 @@ pub struct Mounted {
 #[derive(Clone)]
 pub struct MountHandle {
     shared: Arc<Shared>,
-    mount_point: PathBuf,
-    dev: (u32, u32),
+    mount: MountEntry,
 }
 
 /// Mounts. The kernel's first request is answered; the others wait until [`Mounted::serve`].
@@ -86,13 +85,11 @@ fn start(
         // Only now: the kernel has just set it to what was negotiated.
         raise_read_ahead(entry.dev);
     }
-    let mount_point = spec.mount_point.clone();
     Ok(Mounted {
         session,
         handle: MountHandle {
             shared,
-            mount_point,
-            dev: entry.dev,
+            mount: entry,
         },
     })
 }
@@ -107,24 +104,17 @@ impl Mounted {
     /// then still mounted; its owner unmounts it.
     pub fn serve(self) -> io::Result<()> {
         let served = self.session.run();
-        if served.is_err() {
-            // The connection may live on without anybody who answers.
-            let undone = self.handle.unmount(Unmount::Lazy);
-            debug!("unmounted after a failed session: {undone:?}");
-        }
+        // After an abort a dead mount is left in the tree.
+        let undone = self.handle.unmount(Unmount::Lazy);
+        debug!("unmounted after the session: {undone:?}");
         served
     }
 }
 
 impl MountHandle {
-    /// Device number of the mount, (major, minor).
-    pub fn dev(&self) -> (u32, u32) {
-        self.dev
-    }
-
-    /// Where it is mounted.
-    pub fn mount_point(&self) -> &Path {
-        &self.mount_point
+    /// Its entry in the mount table.
+    pub fn mount(&self) -> &MountEntry {
+        &self.mount
     }
 
     /// The core behind it.
@@ -134,7 +124,7 @@ impl MountHandle {
 
     /// Takes the mount out of the tree, if it is still there.
     pub fn unmount(&self, how: Unmount) -> Result<(), Errno> {
-        attach::unmount_if_ours(&self.mount_point, self.dev, how)
+        attach::unmount_if_ours(&self.mount, how)
     }
 
     /// Statistics of the core and of the front end (section `fuse`).
