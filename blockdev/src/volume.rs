@@ -3,98 +3,42 @@
 //! Lock order: `durable` (held across label and table updates), then `map`, then a queue's lock.
 //! Readers and writers of data only take `map` for a moment to copy an `Arc`.
 
+mod describe;
+mod elect;
+mod map;
 mod plug;
 mod space;
 mod store;
+mod transfer;
 mod types;
+mod wait;
 
 pub use plug::Plug;
 pub use types::*;
 
-use crate::codec::uuid_text;
 use crate::completion::FlushDone;
 use crate::device::BlockDevice;
 use crate::error::{BlockError, ErrorKind, Op};
-use crate::kiobuf::{Completion, Kiobuf, Leg, View};
+use crate::kiobuf::{Leg, View};
 use crate::label::{DEVICE_BYTES_MIN, DEVICES_MAX, LABEL_TEXT_MAX, is_stripe_unit};
-use crate::pages::{AlignedBuf, PageRun};
+use crate::pages::PageRun;
 use crate::queue::{DeviceQueue, FlushFanIn, FlushTicket, ReadFallback};
 use crate::request::Parts;
-use crate::stats::VolumeStats;
 use crate::stripe::Geometry;
 use crate::table::Table;
 use crate::units::{BLOCK_SIZE, VolBlock};
+use map::ChunkMap;
 use parking_lot::{Mutex, RwLock};
 use space::{Plan, Space};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 use store::Identity;
 
-/// Bound on the wait for one transfer or flush by a caller of the `_wait` functions.
-const IO_WAIT_MAX: Duration = Duration::from_secs(120);
 /// Bound on the wait for what is under way when the volume is closed.
 const DRAIN_WAIT_MAX: Duration = Duration::from_secs(60);
 /// Plug lists kept for reuse: more plugs than this are never open at once for long.
 const PLUG_LISTS_MAX: u64 = 64;
-
-/// A share of a chunk on a device, for the way back from a device to the volume.
-#[derive(Clone, Copy)]
-struct Share {
-    start: u64,
-    end: u64,
-    chunk: usize,
-    member: usize,
-}
-
-/// The chunk table as the I/O path sees it; replaced whole when a chunk is added.
-#[derive(Default)]
-struct ChunkMap {
-    /// Ordered by start.
-    chunks: Vec<Chunk>,
-    /// By device, ordered by start.
-    shares: Vec<Vec<Share>>,
-}
-
-impl ChunkMap {
-    fn new(chunks: &[Chunk], devices: usize) -> ChunkMap {
-        let mut shares = vec![Vec::new(); devices];
-        for (index, chunk) in chunks.iter().enumerate() {
-            for (number, member) in chunk.members.iter().enumerate() {
-                shares[usize::from(member.dev)].push(Share {
-                    start: member.offset_bytes,
-                    end: member.offset_bytes + chunk.member_len_bytes,
-                    chunk: index,
-                    member: number,
-                });
-            }
-        }
-        for list in &mut shares {
-            list.sort_unstable_by_key(|share| share.start);
-        }
-        ChunkMap {
-            chunks: chunks.to_vec(),
-            shares,
-        }
-    }
-
-    fn find(&self, at: VolBlock) -> Option<usize> {
-        let index = self
-            .chunks
-            .partition_point(|chunk| chunk.start <= at)
-            .checked_sub(1)?;
-        self.chunks[index].contains(at).then_some(index)
-    }
-
-    fn share_at(&self, dev: u16, offset: u64) -> Option<Share> {
-        let list = self.shares.get(usize::from(dev))?;
-        let index = list
-            .partition_point(|share| share.start <= offset)
-            .checked_sub(1)?;
-        Some(list[index]).filter(|share| offset < share.end)
-    }
-}
 
 #[derive(Default)]
 struct Counters {
@@ -196,7 +140,7 @@ impl Volume {
         devices: Vec<Arc<dyn BlockDevice>>,
         read_only: bool,
     ) -> Result<Arc<Volume>, VolumeError> {
-        let elected = store::elect(devices)?;
+        let elected = elect::elect(devices)?;
         let mut generation = elected.generation;
         if !read_only {
             if elected.identity.ro_compat != 0 {
@@ -211,7 +155,7 @@ impl Volume {
                 .update(&elected.devices, &elected.table, generation, false)
                 .map_err(block_error)?;
         }
-        let store::Elected {
+        let elect::Elected {
             identity,
             devices,
             table,
@@ -257,36 +201,6 @@ impl Volume {
             queue.set_fallback(fallback.clone());
         }
         volume
-    }
-
-    /// The volume, described.
-    pub fn info(&self) -> VolumeInfo {
-        let durable = self.durable.lock();
-        let (generation, chunks) = (durable.generation, durable.table.chunks.clone());
-        drop(durable);
-        let devices = self.devices.iter().zip(0u16..).map(|(device, index)| {
-            let on_it = |chunk: &Chunk| {
-                let shares = chunk.members.iter().filter(|member| member.dev == index);
-                shares.map(|_| chunk.member_len_bytes).sum::<u64>()
-            };
-            DeviceInfo {
-                name: device.name().to_owned(),
-                index,
-                uuid: uuid_text(&self.identity.device_uuids[usize::from(index)]),
-                size_bytes: self.identity.sizes[usize::from(index)],
-                allocated_bytes: chunks.iter().map(on_it).sum(),
-                backend: device.kind(),
-            }
-        });
-        VolumeInfo {
-            uuid: uuid_text(&self.identity.fs_uuid),
-            label: self.identity.text.clone(),
-            generation,
-            stripe_unit_bytes: self.identity.stripe_unit_bytes,
-            was_clean: self.was_clean,
-            devices: devices.collect(),
-            chunks,
-        }
     }
 
     /// UUID of the file system, as bytes.
@@ -385,20 +299,6 @@ impl Volume {
         }
     }
 
-    /// [`Self::flush`], waiting.
-    pub fn flush_wait(&self) -> Result<(), BlockError> {
-        let (to, from) = sync_channel(1);
-        self.flush(Box::new(move |result| to.send(result).unwrap_or_default()));
-        let (dev, at) = (BlockError::NO_DEVICE, 0);
-        let late = BlockError {
-            kind: ErrorKind::TimedOut,
-            op: Op::Flush,
-            dev,
-            at,
-        };
-        from.recv_timeout(IO_WAIT_MAX).unwrap_or(Err(late))
-    }
-
     /// Tells the devices that a range holds nothing of value. Best effort, in the background.
     pub fn discard(&self, at: VolBlock, blocks: u64) {
         if self.refusal(Op::Write).is_some() {
@@ -451,33 +351,11 @@ impl Volume {
         }
     }
 
-    /// Tells the devices where most I/O memory lies. Once, before I/O.
+    /// Tells the devices where most I/O memory lies. Once, before I/O; see
+    /// [`BlockDevice::register_memory`] for what must hold then.
     pub fn register_memory(&self, arena: PageRun) {
         for device in &self.devices {
             device.register_memory(arena);
-        }
-    }
-
-    /// What the volume did since it was assembled.
-    pub fn stats(&self) -> VolumeStats {
-        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let devices: Vec<_> = self.queues.iter().map(|queue| queue.stats()).collect();
-        let counters = &self.counters;
-        VolumeStats {
-            kiobufs: get(&counters.kiobufs),
-            kiobuf_bytes: get(&counters.kiobuf_bytes),
-            chains: get(&counters.chains),
-            splits: get(&counters.splits),
-            plugs: get(&counters.plugs),
-            back_merges: get(&counters.back_merges)
-                + devices.iter().map(|device| device.back_merges).sum::<u64>(),
-            front_merges: get(&counters.front_merges)
-                + devices
-                    .iter()
-                    .map(|device| device.front_merges)
-                    .sum::<u64>(),
-            mirror_retries: get(&counters.mirror_retries),
-            devices,
         }
     }
 
@@ -509,56 +387,6 @@ impl Volume {
         let mut durable = self.durable.lock();
         let table = durable.table.clone();
         self.update(&mut durable, table, true)
-    }
-
-    /// Reads and waits; the buffer comes back full.
-    pub fn read_wait(
-        &self,
-        at: VolBlock,
-        buf: AlignedBuf,
-        copy: Option<u8>,
-    ) -> Result<AlignedBuf, BlockError> {
-        self.transfer_wait(Op::Read, at, buf, |plug, kiobuf| {
-            plug.read(at, kiobuf, copy, Class::Sync);
-        })
-    }
-
-    /// Writes and waits; durable only after a flush.
-    pub fn write_wait(&self, at: VolBlock, buf: AlignedBuf) -> Result<AlignedBuf, BlockError> {
-        self.transfer_wait(Op::Write, at, buf, |plug, kiobuf| {
-            plug.write(at, kiobuf, Class::Sync);
-        })
-    }
-
-    fn transfer_wait(
-        &self,
-        op: Op,
-        at: VolBlock,
-        buf: AlignedBuf,
-        submit: impl FnOnce(&mut Plug<'_>, Kiobuf),
-    ) -> Result<AlignedBuf, BlockError> {
-        let (to, from) = sync_channel(1);
-        let len = buf.len();
-        let end_io = Box::new(move |done: Completion| to.send(done).unwrap_or_default());
-        let mut plug = self.plug();
-        submit(&mut plug, Kiobuf::new(Box::new(buf), 0, len, end_io));
-        plug.finish();
-        let (dev, at) = (BlockError::NO_DEVICE, at.bytes());
-        let late = BlockError {
-            kind: ErrorKind::TimedOut,
-            op,
-            dev,
-            at,
-        };
-        let done = from.recv_timeout(IO_WAIT_MAX).map_err(|_| late)?;
-        match (done.error, AlignedBuf::from_pages(done.pages)) {
-            (None, Ok(buf)) => Ok(buf),
-            (None, Err(_)) => Err(BlockError {
-                kind: ErrorKind::Aborted,
-                ..late
-            }),
-            (Some(error), _) => Err(error),
-        }
     }
 
     /// Why an operation is not even tried.

@@ -21,7 +21,7 @@ struct Rig {
 
 impl Rig {
     fn new(devices: usize, stripe_unit: u64) -> Rig {
-        let sims = sims(&vec![32 * MIB; devices]);
+        let sims = sims(&vec![16 * MIB; devices]);
         let volume = Volume::format(as_devices(&sims), &options(stripe_unit)).unwrap();
         let chunk = volume.allocate_chunk(ChunkKind::Data, 0).unwrap();
         sims.iter().for_each(|sim| sim.clear_log());

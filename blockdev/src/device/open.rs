@@ -58,7 +58,7 @@ pub enum OpenError {
     Os(i32),
 }
 
-/// Opens and locks a regular file or block device.
+/// Opens and locks a regular file or block device. This starts threads, so a daemon forks before.
 pub fn open_device(path: &Path, mode: OpenMode) -> Result<Arc<dyn BlockDevice>, OpenError> {
     let file = open_file(path, mode)?;
     if mode.backend == Backend::Threads {

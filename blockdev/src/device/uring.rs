@@ -10,6 +10,9 @@
 //! entry is pushed until its completion was reaped; the thread does not exit before it is empty.
 #![expect(unsafe_code, reason = "shares memory with the kernel")]
 
+mod entry;
+mod fixed;
+
 use super::BlockDevice;
 use super::file::{DeviceFile, IOV_MAX};
 use super::gate::Gate;
@@ -18,11 +21,13 @@ use crate::error::{ErrorKind, Op};
 use crate::pages::PageRun;
 use crate::request::DeviceRequest;
 use crate::units::dev_len;
+use entry::Target;
+use fixed::FixedMemory;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 use libc::iovec;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::VecDeque;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::time::Duration;
@@ -36,13 +41,6 @@ const WAKE: u64 = u64::MAX;
 const ENDS_PER_ROUND: usize = 8;
 /// Times in a row that the kernel may say "again" to one request.
 const AGAIN_MAX: u32 = 1000;
-/// Arena memory is registered in pieces of at least this size, when first used.
-const FIXED_PIECE_MIN: usize = 64 << 20;
-/// The kernel's limit on one registered buffer.
-const FIXED_PIECE_MAX: usize = 1 << 30;
-/// Pieces of an arena: far below the kernel's limit of registered buffers.
-const FIXED_PIECES_WANTED: usize = 256;
-
 enum Mail {
     Request(DeviceRequest),
     Memory(PageRun),
@@ -177,13 +175,6 @@ struct Slot {
     iovecs: Vec<iovec>,
     done: u64,
     again: u32,
-}
-
-/// The arena's registered pieces.
-struct FixedMemory {
-    arena: PageRun,
-    piece_len: usize,
-    registered: Vec<bool>,
 }
 
 struct Ring {
@@ -361,13 +352,6 @@ impl Ring {
                 let single = slot.iovecs.len() == 1;
                 let fixed = self.fixed.as_mut().filter(|_| single || self.fixed_vectors);
                 let fixed = fixed.and_then(|fixed| fixed.index_of(&slot.iovecs, &self.ring));
-                if self
-                    .fixed
-                    .as_ref()
-                    .is_some_and(|fixed| fixed.registered.is_empty())
-                {
-                    self.fixed = None;
-                }
                 target.transfer(op == Op::Write, offset, &slot.iovecs, fixed)
             }
         };
@@ -431,137 +415,12 @@ impl Ring {
     }
 
     fn adopt_memory(&mut self, arena: PageRun) {
-        let wanted = (arena.len() / FIXED_PIECES_WANTED).next_power_of_two();
-        let piece_len = wanted.clamp(FIXED_PIECE_MIN, FIXED_PIECE_MAX);
-        let pieces = arena.len().div_ceil(piece_len);
         if self.fixed.take().is_some() {
             self.ring
                 .submitter()
                 .unregister_buffers()
                 .unwrap_or_default();
         }
-        let Ok(count) = u32::try_from(pieces) else {
-            return;
-        };
-        match self.ring.submitter().register_buffers_sparse(count) {
-            Ok(()) => {
-                let registered = vec![false; pieces];
-                self.fixed = Some(FixedMemory {
-                    arena,
-                    piece_len,
-                    registered,
-                });
-            }
-            Err(error) => log::info!("{}: no fixed buffers: {error}", self.shared.file.name),
-        }
-    }
-}
-
-impl FixedMemory {
-    /// The registered piece in which all segments lie, registering it when it is first used. After
-    /// a refusal (locked-memory limit) `registered` is empty and nothing is tried again.
-    fn index_of(&mut self, iovecs: &[iovec], ring: &IoUring) -> Option<u16> {
-        let base = self.arena.as_ptr().addr();
-        let range = |part: &iovec| {
-            let start = part.iov_base.addr().checked_sub(base)?;
-            Some((start, start + part.iov_len))
-        };
-        let index = range(iovecs.first()?)?.0 / self.piece_len;
-        let start = index * self.piece_len;
-        let len = self.piece_len.min(self.arena.len().checked_sub(start)?);
-        let inside = |part| range(part).is_some_and(|(s, e)| s >= start && e <= start + len);
-        if !iovecs.iter().all(inside) {
-            return None;
-        }
-        if !*self.registered.get(index)? {
-            let iov_base = self.arena.as_ptr().wrapping_add(start).cast();
-            let piece = iovec {
-                iov_base,
-                iov_len: len,
-            };
-            let number = u32::try_from(index).ok()?;
-            // SAFETY: the arena stays mapped as long as the process (`register_memory`).
-            let done = unsafe {
-                ring.submitter()
-                    .register_buffers_update(number, &[piece], None)
-            };
-            if let Err(error) = done {
-                log::info!("no fixed buffers: {error}");
-                self.registered.clear();
-                return None;
-            }
-            self.registered[index] = true;
-        }
-        u16::try_from(index).ok()
-    }
-}
-
-/// The device's file as the ring knows it.
-#[derive(Clone, Copy)]
-enum Target {
-    Fixed,
-    Fd(RawFd),
-}
-
-/// Builds an entry for whichever kind of file it is.
-macro_rules! on_target {
-    ($target:expr, $fd:ident => $build:expr) => {
-        match $target {
-            Target::Fixed => {
-                let $fd = types::Fixed(0);
-                $build
-            }
-            Target::Fd(raw) => {
-                let $fd = types::Fd(raw);
-                $build
-            }
-        }
-    };
-}
-
-impl Target {
-    fn fsync(self) -> squeue::Entry {
-        let flags = types::FsyncFlags::DATASYNC;
-        on_target!(self, fd => opcode::Fsync::new(fd).flags(flags).build())
-    }
-
-    fn punch_hole(self, offset: u64, len: u64) -> squeue::Entry {
-        let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        on_target!(self, fd => opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build())
-    }
-
-    fn transfer(
-        self,
-        write: bool,
-        offset: u64,
-        iovecs: &[iovec],
-        fixed: Option<u16>,
-    ) -> squeue::Entry {
-        let (vector, count) = (iovecs.as_ptr(), u32::try_from(iovecs.len()).unwrap_or(0));
-        let part = iovecs.first().copied();
-        let single = part.filter(|_| count == 1).and_then(|part| {
-            Some((
-                part.iov_base.cast::<u8>(),
-                u32::try_from(part.iov_len).ok()?,
-            ))
-        });
-        on_target!(self, fd => match (single, fixed, write) {
-            (Some((at, len)), Some(index), false) => {
-                opcode::ReadFixed::new(fd, at, len, index).offset(offset).build()
-            }
-            (Some((at, len)), Some(index), true) => {
-                opcode::WriteFixed::new(fd, at, len, index).offset(offset).build()
-            }
-            (Some((at, len)), None, false) => opcode::Read::new(fd, at, len).offset(offset).build(),
-            (Some((at, len)), None, true) => opcode::Write::new(fd, at, len).offset(offset).build(),
-            (None, Some(index), false) => {
-                opcode::ReadvFixed::new(fd, vector, count, index).offset(offset).build()
-            }
-            (None, Some(index), true) => {
-                opcode::WritevFixed::new(fd, vector, count, index).offset(offset).build()
-            }
-            (None, None, false) => opcode::Readv::new(fd, vector, count).offset(offset).build(),
-            (None, None, true) => opcode::Writev::new(fd, vector, count).offset(offset).build(),
-        })
+        self.fixed = FixedMemory::new(arena, &self.ring);
     }
 }

@@ -5,8 +5,9 @@
 //! requests than it needs. `finish` (or drop) sorts what is left, joins neighbours and hands each
 //! queue its share before any device is started.
 
-use super::types::Class;
-use super::{ChunkMap, Counters, Volume};
+use super::map::ChunkMap;
+use super::types::{ChunkMember, Class};
+use super::{Counters, Volume};
 use crate::chain::Chain;
 use crate::error::{BlockError, ErrorKind, Op};
 use crate::kiobuf::{Kiobuf, Leg};
@@ -115,19 +116,16 @@ impl<'a> Plug<'a> {
                     first..first + 1
                 }
             };
-            let places: Places = chunk.members[members]
-                .iter()
-                .map(|member| (member.dev, member.offset_bytes + piece.offset))
-                .collect();
+            let places = Places::of(&chunk.members[members], piece.offset);
             let part = rest.split_to(piece.len);
             self.counts.splits += u64::from(!rest.is_empty());
-            for &(dev, offset) in places.iter().skip(1) {
+            for &(dev, offset) in places.all().iter().skip(1) {
                 self.push(
                     Parts::new(op, dev, offset, part.duplicate(Leg::Further)),
                     lane,
                 );
             }
-            if let Some(&(dev, offset)) = places.first() {
+            if let Some(&(dev, offset)) = places.all().first() {
                 self.push(Parts::new(op, dev, offset, part), lane);
             }
             at = at.plus(piece.len / crate::units::BLOCK_SIZE);
@@ -183,35 +181,25 @@ impl<'a> Plug<'a> {
     }
 }
 
-/// Where the copies of one piece go. Two at most, so the allocation is a mirrored write's only.
-type Places = smallvec_like::Two;
+/// Where the copies of one piece go: one or two places, without an allocation.
+#[derive(Default)]
+struct Places {
+    places: [(u16, u64); 2],
+    len: usize,
+}
 
-/// Up to two places without an allocation.
-mod smallvec_like {
-    #[derive(Default)]
-    pub(super) struct Two {
-        places: [(u16, u64); 2],
-        len: usize,
+impl Places {
+    fn of(members: &[ChunkMember], offset: u64) -> Places {
+        let mut places = Places::default();
+        for (place, member) in places.places.iter_mut().zip(members) {
+            *place = (member.dev, member.offset_bytes + offset);
+            places.len += 1;
+        }
+        places
     }
 
-    impl FromIterator<(u16, u64)> for Two {
-        fn from_iter<I: IntoIterator<Item = (u16, u64)>>(from: I) -> Two {
-            let mut two = Two::default();
-            for place in from {
-                if let Some(free) = two.places.get_mut(two.len) {
-                    *free = place;
-                    two.len += 1;
-                }
-            }
-            two
-        }
-    }
-
-    impl std::ops::Deref for Two {
-        type Target = [(u16, u64)];
-        fn deref(&self) -> &[(u16, u64)] {
-            &self.places[..self.len]
-        }
+    fn all(&self) -> &[(u16, u64)] {
+        &self.places[..self.len]
     }
 }
 
