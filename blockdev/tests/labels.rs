@@ -84,6 +84,18 @@ fn one_damaged_label_copy_is_repaired() {
     }
 }
 
+/// The repair comes before the update that overwrites the member's only good copy: if that write
+/// goes wrong, the repaired copy is there.
+#[test]
+fn a_repair_is_done_before_the_next_update() {
+    let rig = Rig::new(3);
+    let slot = usize::try_from(rig.generation() % 2).unwrap();
+    rig.sims[1].poke(LABEL_PLACES[slot], &[0xee; 512]);
+    drop(Volume::assemble(as_devices(&rig.sims), false).unwrap());
+    rig.sims[1].poke(LABEL_PLACES[1 - slot], &[0xee; 512]);
+    rig.works();
+}
+
 /// A single member whose newest label copy is lost still has its newest chunk table in force.
 #[test]
 fn a_lost_label_copy_does_not_roll_the_chunk_table_back() {

@@ -9,7 +9,7 @@
 use super::{BlockDevice, bytes};
 use crate::error::{ErrorKind, Op};
 use crate::request::DeviceRequest;
-use crate::units::{BLOCK_SIZE, dev_len, mem_len};
+use crate::units::{BLOCK_SIZE, PAGE_SIZE, dev_len, mem_len};
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -107,11 +107,13 @@ pub struct SimRecord {
     pub result: Result<u64, ErrorKind>,
 }
 
+type Versions = Vec<Box<[u8; PAGE_SIZE]>>;
+
 #[derive(Default)]
 struct State {
     durable: Vec<u8>,
-    /// Unflushed versions of a sector, oldest first.
-    cache: BTreeMap<usize, Vec<[u8; SECTOR]>>,
+    /// Unflushed versions of a page, oldest first; a crash chooses for each of its sectors.
+    cache: BTreeMap<usize, Versions>,
     faults: Vec<Fault>,
     log: Vec<SimRecord>,
     holding: bool,
@@ -217,9 +219,9 @@ impl SimDevice {
     pub fn poke(&self, offset: u64, bytes: &[u8]) {
         let mut state = self.state.lock();
         for (at, byte) in (mem_len(offset)..).zip(bytes) {
-            if let Some(versions) = state.cache.get_mut(&(at / SECTOR)) {
+            if let Some(versions) = state.cache.get_mut(&(at / PAGE_SIZE)) {
                 for version in versions {
-                    version[at % SECTOR] = *byte;
+                    version[at % PAGE_SIZE] = *byte;
                 }
             }
             state.durable[at] = *byte;
@@ -244,20 +246,22 @@ impl SimDevice {
             .into_iter()
             .map(|request| (request.offset(), bytes::gather(request)))
             .collect();
-        let mut versions = state.cache.clone();
-        for (offset, data) in writes {
-            push_versions(&mut versions, mem_len(offset), &data);
-        }
         let mut image = state.durable.clone();
+        let mut cache = state.cache.clone();
         drop(state);
+        for (offset, data) in writes {
+            push_versions(&mut cache, &image, mem_len(offset), &data);
+        }
         let mut random = seed ^ 0x9e37_79b9_7f4a_7c15;
-        for (sector, versions) in versions {
-            let chosen = splitmix(&mut random) % (dev_len(versions.len()) + 1);
-            let Some(index) = mem_len(chosen).checked_sub(1) else {
-                continue;
-            };
-            let at = sector * SECTOR;
-            image[at..at + SECTOR].copy_from_slice(&versions[index]);
+        for (page, versions) in cache {
+            for at in (0..PAGE_SIZE).step_by(SECTOR) {
+                let chosen = splitmix(&mut random) % (dev_len(versions.len()) + 1);
+                let Some(index) = mem_len(chosen).checked_sub(1) else {
+                    continue;
+                };
+                let place = page * PAGE_SIZE + at;
+                image[place..place + SECTOR].copy_from_slice(&versions[index][at..at + SECTOR]);
+            }
         }
         image
     }
@@ -339,39 +343,57 @@ impl State {
 
     fn read(&self, offset: usize, len: usize) -> Vec<u8> {
         let mut bytes = self.durable[offset..offset + len].to_vec();
-        let sectors = offset / SECTOR..(offset + len).div_ceil(SECTOR);
-        for (sector, versions) in self.cache.range(sectors) {
+        let pages = offset / PAGE_SIZE..(offset + len).div_ceil(PAGE_SIZE);
+        for (page, versions) in self.cache.range(pages) {
             let Some(newest) = versions.last() else {
                 continue;
             };
-            let at = sector * SECTOR;
-            let (from, to) = (at.max(offset), (at + SECTOR).min(offset + len));
+            let at = page * PAGE_SIZE;
+            let (from, to) = (at.max(offset), (at + PAGE_SIZE).min(offset + len));
             bytes[from - offset..to - offset].copy_from_slice(&newest[from - at..to - at]);
         }
         bytes
     }
 
     fn write(&mut self, offset: usize, data: &[u8]) {
-        push_versions(&mut self.cache, offset, data);
+        push_versions(&mut self.cache, &self.durable, offset, data);
     }
 
     fn flush(&mut self) {
-        for (sector, versions) in std::mem::take(&mut self.cache) {
-            let at = sector * SECTOR;
+        for (page, versions) in std::mem::take(&mut self.cache) {
+            let at = page * PAGE_SIZE;
             if let Some(newest) = versions.last() {
-                self.durable[at..at + SECTOR].copy_from_slice(newest);
+                self.durable[at..at + PAGE_SIZE].copy_from_slice(&newest[..]);
             }
         }
     }
 }
 
-/// Writes are whole sectors, but a short or torn one may end inside a sector: that one is left out.
-fn push_versions(cache: &mut BTreeMap<usize, Vec<[u8; SECTOR]>>, offset: usize, data: &[u8]) {
-    for (index, sector) in data.as_chunks::<SECTOR>().0.iter().enumerate() {
-        cache
-            .entry(offset / SECTOR + index)
-            .or_default()
-            .push(*sector);
+/// Writes land in whole sectors: one that ends inside a sector leaves that sector out. What a write
+/// leaves of its page is as the version before it.
+fn push_versions(
+    cache: &mut BTreeMap<usize, Versions>,
+    durable: &[u8],
+    offset: usize,
+    data: &[u8],
+) {
+    let end = offset + data.len() - data.len() % SECTOR;
+    let mut at = offset;
+    while at < end {
+        let (page, within) = (at / PAGE_SIZE, at % PAGE_SIZE);
+        let len = (PAGE_SIZE - within).min(end - at);
+        let versions = cache.entry(page).or_default();
+        let mut next = match versions.last() {
+            Some(newest) => newest.clone(),
+            None => {
+                let mut base = Box::new([0; PAGE_SIZE]);
+                base.copy_from_slice(&durable[page * PAGE_SIZE..(page + 1) * PAGE_SIZE]);
+                base
+            }
+        };
+        next[within..within + len].copy_from_slice(&data[at - offset..at - offset + len]);
+        versions.push(next);
+        at += len;
     }
 }
 
