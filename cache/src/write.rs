@@ -72,13 +72,13 @@ impl AddressSpace {
             return Err((CacheError::Backing(libc::EFBIG), outcome));
         };
         let mut at = offset;
-        let mut deadline = None;
+        let (mut deadline, mut is_noted) = (None, false);
         while at < end {
             let frames_ticket = self.cache.arena.freed.ticket();
             let ticket = self.event.ticket();
             let step = {
                 let mut inner = self.inner.write();
-                if at == offset {
+                if !std::mem::replace(&mut is_noted, true) {
                     inner.note_write(offset, end);
                 }
                 self.step(
