@@ -6,7 +6,7 @@
 //! | line | answer |
 //! | --- | --- |
 //! | `stats` | one line of JSON |
-//! | `wait` | `waiting` at once; `ok` or `error TEXT` when the daemon has finished after an unmount |
+//! | `wait` | `waiting` at once; `ok` or `error TEXT` when the daemon has ended after an unmount |
 //!
 //! A device number belongs to one mount at a time, so whatever lies at its path when a mount begins
 //! is left over from an earlier one.

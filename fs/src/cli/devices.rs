@@ -40,8 +40,8 @@ pub fn device_list(words: &[OsString]) -> Result<Vec<PathBuf>, String> {
     Ok(paths)
 }
 
-/// What the mount table shows for these words: the devices, joined by colons. Absolute paths stay as
-/// they were given, to the byte.
+/// What the mount table shows for these words: the devices, joined by colons. Absolute paths stay
+/// as they were given, to the byte.
 pub fn source_name(words: &[OsString]) -> String {
     /// The kernel takes up to a page for the source; mount tables are read by people.
     const SOURCE_BYTES_MAX: usize = 1024;
@@ -200,8 +200,8 @@ fn open_one(path: &Path, mode: OpenMode) -> Result<Arc<dyn BlockDevice>, String>
     Err(format!("{} {error}{hint}", path.display()))
 }
 
-/// Who else uses a device, as far as the kernel's tables tell: a mount, swap, or a loop device on an
-/// image file.
+/// Who else uses a device, as far as the kernel's tables tell: a mount, swap, or a loop device on
+/// an image file.
 pub fn in_use_by(path: &Path) -> Option<String> {
     let meta = fs::metadata(path).ok()?;
     let mounted = mounts().unwrap_or_default();

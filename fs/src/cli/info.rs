@@ -159,7 +159,8 @@ fn render(
         None => "not closed properly (mounting recovers it), or in use".to_owned(),
     };
     let mut out = format!(
-        "file system  {}\nlabel        {}\nstate        {state}\nstripe unit  {}\nsize         {} on {} of {} devices\n\n",
+        "file system  {}\nlabel        {}\nstate        {state}\nstripe unit  {}\n\
+         size         {} on {} of {} devices\n\n",
         label.fs_uuid,
         if label.label.is_empty() {
             "-"

@@ -153,8 +153,8 @@ fn check_mount_point(path: &Path) -> Result<PathBuf, CliError> {
     }
 }
 
-/// Starts this program again as the daemon, and returns when that says that the mount is usable. Its
-/// errors go straight to our standard error.
+/// Starts this program again as the daemon, and returns when that says that the mount is usable.
+/// Its errors go straight to our standard error.
 fn start_in_background(args: &MountArgs) -> Result<(), CliError> {
     let program = env::current_exe()
         .ok()

@@ -126,7 +126,7 @@ impl ParsedOptions {
             "noexec" => self.flags.insert(MsFlags::MS_NOEXEC),
             "diratime" => self.flags.remove(MsFlags::MS_NODIRATIME),
             "nodiratime" => self.flags.insert(MsFlags::MS_NODIRATIME),
-            // mount(8): ordinary users' mounts are restricted, unless a later option says otherwise.
+            // mount(8): ordinary users' mounts are restricted, unless a later option undoes it.
             "user" | "users" => self
                 .flags
                 .insert(MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC),
@@ -214,7 +214,7 @@ impl ParsedOptions {
             "logfile" => return impossible("a file"),
             "uid" | "gid" => {
                 return Err(format!(
-                    "option '{name}' is not supported: braidfs keeps the owner of each file; use chown"
+                    "option '{name}' is not supported: each file keeps its owner; use chown"
                 ));
             }
             "comment" | "uhelper" | "helper" => {}
@@ -350,7 +350,8 @@ mod tests {
 
     #[test]
     fn generic_options_pass() {
-        let generic = "defaults,user,users,noauto,nofail,_netdev,x-systemd.automount,X-mount.mkdir=0755,\
+        let generic = "defaults,user,users,noauto,nofail,_netdev,x-systemd.automount,\
+            X-mount.mkdir=0755,\
             suid,nosuid,dev,nodev,exec,noexec,lazytime,default_permissions,rw,comment=systemd";
         parse(generic).unwrap();
     }

@@ -2,7 +2,7 @@
 //!
 //! | shape | shown as |
 //! | --- | --- |
-//! | object with `buckets`, `count`, `sum`, `max` | histogram: one line, and bars where it has values |
+//! | object with `buckets`, `count`, `sum`, `max` | histogram: a line, bars for its values |
 //! | list of objects, or object of objects of the same fields | table; histograms side by side |
 //! | other object | its fields, one a line, sub-objects as sections |
 //!
@@ -76,8 +76,8 @@ fn heading(out: &mut String, path: &str) {
     out.push('\n');
 }
 
-/// A list of objects: a table of their plain fields, then a table for each object that they all have
-/// inside, with the mean of each histogram, then the histograms, a column for each item.
+/// A list of objects: a table of their plain fields, then a table for each object that they all
+/// have inside, with the mean of each histogram, then the histograms, a column for each item.
 fn list(out: &mut String, path: &str, items: &[Value]) {
     let rows: Vec<(String, &Map<String, Value>)> = items
         .iter()

@@ -1,7 +1,7 @@
 //! Translation of attributes, times and errors between the core and fuser.
 //!
 //! fuser carries times as `SystemTime`. Outgoing times are exact. Incoming ones before 1970 with a
-//! fraction of a second arrive mirrored (it subtracts the nanoseconds instead of adding them), which
+//! fraction of a second arrive mirrored (it subtracts the nanoseconds, not adds them), which
 //! [`timestamp`] undoes.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
