@@ -218,8 +218,15 @@ fn metadata_is_served_from_the_reserve() {
     for page in 0..room {
         data.write(page * PAGE, &[1; PAGE as usize]).unwrap();
     }
+    // More has to wait, and leaves the reserve alone.
+    let greedy = {
+        let data = std::sync::Arc::clone(&data);
+        std::thread::spawn(move || data.write(room * PAGE, &[1; 300 * PAGE as usize]).unwrap())
+    };
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    assert!(!greedy.is_finished());
     let stats = rig.cache.stats();
-    assert!(stats.free_bytes <= stats.reserve_bytes, "{stats:?}");
+    assert_eq!(stats.free_bytes, stats.reserve_bytes, "{stats:?}");
     let backing = std::sync::Arc::clone(&rig.store) as std::sync::Arc<dyn braidfs_cache::Backing>;
     let meta = rig
         .cache
@@ -231,6 +238,7 @@ fn metadata_is_served_from_the_reserve() {
     meta.read_wait(1 << 30, &mut out).unwrap();
     assert_eq!(out, [0; 5000]);
     rig.store.gate.open();
+    assert_eq!(greedy.join().unwrap().newly_dirty_pages, 300);
     rig.cache.flush_all(braidfs_cache::SpaceClass::Meta);
     rig.cache.flush_all(braidfs_cache::SpaceClass::Data);
     assert_eq!(meta.dirty_page_count() + data.dirty_page_count(), 0);
