@@ -12,7 +12,7 @@
 //! Accounting, in blocks, all under one lock: `free` is handed out or reserved and never lent
 //! twice, `reserved <= free` always.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use braidfs_blockdev::{BLOCK_SIZE, Chunk, ChunkKind, Volume};
@@ -25,46 +25,63 @@ use crate::Errno;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct RunSet {
     runs: BTreeMap<u64, u64>,
+    /// (length, start) of each run.
+    by_len: BTreeSet<(u64, u64)>,
     blocks: u64,
 }
 
 impl RunSet {
+    fn add_run(&mut self, start: u64, len: u64) {
+        self.runs.insert(start, len);
+        self.by_len.insert((len, start));
+    }
+
+    fn remove_run(&mut self, start: u64, len: u64) {
+        self.runs.remove(&start);
+        self.by_len.remove(&(len, start));
+    }
+
+    /// The longest run: start and length.
+    fn longest(&self) -> Option<(u64, u64)> {
+        self.by_len.last().map(|&(len, start)| (start, len))
+    }
+
     /// Adds a run that overlaps none; joins it with its neighbours. Returns false, and changes
     /// nothing, if it does overlap.
     pub(crate) fn insert(&mut self, start: u64, len: u64) -> bool {
         let (mut from, mut to) = (start, start + len);
-        if let Some((&before, &before_len)) = self.runs.range(..start).next_back() {
-            if before + before_len > start {
-                return false;
-            }
-            if before + before_len == start {
-                from = before;
-            }
+        let entry = |(&start, &len): (&u64, &u64)| (start, len);
+        let before = self.runs.range(..start).next_back().map(entry);
+        let after = self.runs.range(start..).next().map(entry);
+        if before.is_some_and(|(run, run_len)| run + run_len > start)
+            || after.is_some_and(|(run, _)| run < to)
+        {
+            return false;
         }
-        if let Some((&after, &after_len)) = self.runs.range(start..).next() {
-            if after < to {
-                return false;
-            }
-            if after == to {
-                to = after + after_len;
-                self.runs.remove(&after);
-            }
+        if let Some((run, run_len)) = before.filter(|(run, run_len)| run + run_len == start) {
+            self.remove_run(run, run_len);
+            from = run;
         }
-        self.runs.insert(from, to - from);
+        if let Some((run, run_len)) = after.filter(|&(run, _)| run == to) {
+            self.remove_run(run, run_len);
+            to = run + run_len;
+        }
+        self.add_run(from, to - from);
         self.blocks += len;
         true
     }
 
     /// Takes `len` blocks at `start`, which must lie inside one run.
     fn take(&mut self, start: u64, len: u64) {
-        let (&run, &run_len) = self.runs.range(..=start).next_back().expect("inside a run");
+        let inside = self.runs.range(..=start).next_back();
+        let (run, run_len) = inside.map(|(&run, &len)| (run, len)).expect("inside a run");
         debug_assert!(run <= start && start + len <= run + run_len, "inside a run");
-        self.runs.remove(&run);
+        self.remove_run(run, run_len);
         if run < start {
-            self.runs.insert(run, start - run);
+            self.add_run(run, start - run);
         }
         if start + len < run + run_len {
-            self.runs.insert(start + len, run + run_len - start - len);
+            self.add_run(start + len, run + run_len - start - len);
         }
         self.blocks -= len;
     }
@@ -225,11 +242,16 @@ pub(crate) struct Allocator {
 /// Share of the volume kept for metadata to grow into: 1/64, but at least two metadata chunks.
 const META_RESERVE_SHARE: u64 = 64;
 
-/// A run shorter than this many blocks is passed over while a longer one is near.
-const RUN_BLOCKS_WANTED: u64 = 64;
+/// A run shorter than this is passed over while there are longer ones: what is written together
+/// shall lie together, in requests of 1 MiB.
+const RUN_BLOCKS_WANTED: u64 = 256;
 
-/// How many runs are looked at for a long one.
-const RUNS_LOOKED_AT_MAX: usize = 64;
+/// How many runs from the cursor on are looked at before the longest of all is taken.
+const RUNS_LOOKED_AT_MAX: usize = 16;
+
+/// When no run is as long as this (1 MiB) and the volume has room, a new chunk is made rather than
+/// writing into the splinters that copy on write leaves.
+const LONGEST_BLOCKS_MIN: u64 = 256;
 
 impl Allocator {
     /// Builds the map from the durable table; chunks that the table does not know yet (a crash
@@ -339,6 +361,7 @@ impl Allocator {
     /// Turns `blocks` of the reservation into runs of blocks, as few and as near to each other
     /// as free space allows, pushed to `out`.
     pub(crate) fn allocate(&self, mut blocks: u64, out: &mut Vec<(u64, u64)>) -> Result<(), Errno> {
+        self.keep_a_long_run();
         let mut inner = self.inner.lock();
         if inner.free.blocks() < blocks {
             log::error!("allocator: {blocks} reserved blocks are not there");
@@ -358,6 +381,19 @@ impl Allocator {
             out.push((start, len));
         }
         Ok(())
+    }
+
+    fn keep_a_long_run(&self) {
+        let is_short = || {
+            let longest = self.inner.lock().free.longest();
+            longest.is_none_or(|(_, len)| len < LONGEST_BLOCKS_MIN)
+        };
+        if is_short() {
+            let _one = self.growing.lock();
+            if is_short() && self.add_chunk().is_err() {
+                log::trace!("no room for another data chunk");
+            }
+        }
     }
 
     /// Frees blocks of the durable or the open state; usable after the next commit.
@@ -419,31 +455,19 @@ impl Allocator {
     }
 }
 
-/// The next run from `cursor` on (around the end) with at least `wanted` blocks after it, or, when
-/// none of the first few has, the longest of those. `free` is not empty.
+/// The next run from `cursor` on with at least `wanted` blocks, if it is near; else the longest of
+/// all. `free` is not empty.
 fn find_run(free: &RunSet, cursor: u64, wanted: u64) -> (u64, u64) {
-    let inside = free
-        .runs
-        .range(..cursor)
-        .next_back()
-        .and_then(|(&start, &len)| (start + len > cursor).then(|| (cursor, start + len - cursor)));
-    let mut best = (0, 0);
+    let before = free.runs.range(..cursor).next_back();
+    let inside = before
+        .filter(|&(&start, &len)| start + len > cursor)
+        .map(|(&start, &len)| (cursor, start + len - cursor));
     let onward = free.runs.range(cursor..).map(|(&start, &len)| (start, len));
-    let around = free.runs.iter().map(|(&start, &len)| (start, len));
-    for (start, len) in inside
-        .into_iter()
-        .chain(onward)
-        .chain(around)
-        .take(RUNS_LOOKED_AT_MAX)
-    {
-        if len >= wanted {
-            return (start, len);
-        }
-        if len > best.1 {
-            best = (start, len);
-        }
-    }
-    best
+    let near = inside.into_iter().chain(onward).take(RUNS_LOOKED_AT_MAX);
+    near.into_iter()
+        .find(|&(_, len)| len >= wanted)
+        .or_else(|| free.longest())
+        .expect("the caller knows that there are free blocks")
 }
 
 #[cfg(test)]
@@ -473,6 +497,7 @@ mod tests {
         assert_eq!(find_run(&set, 0, 1), (0, 2));
         assert_eq!(find_run(&set, 50, 60), (50, 60));
         assert_eq!(find_run(&set, 90, 64), (10, 100));
+        assert_eq!(find_run(&set, 90, 200), (10, 100));
     }
 
     proptest! {

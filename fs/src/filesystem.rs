@@ -253,12 +253,24 @@ impl FileSystem {
         } else {
             self.commit_now()
         };
+        self.committer.stop();
+        let stored = self.close_metadata();
         self.stop();
         let closed = self.volume.close().map_err(|error| {
             log::error!("closing the volume: {error}");
             Errno(error.errno())
         });
-        committed.and(closed)
+        committed.and(stored).and(closed)
+    }
+
+    /// redb writes once more when it is closed; then nothing may be left in memory.
+    fn close_metadata(&self) -> Result<(), Errno> {
+        let closed = self.store.close().map_err(|error| error.to_string());
+        let synced = self.meta.close().map_err(|error| error.to_string());
+        closed.and(synced).map_err(|error| {
+            log::error!("closing the metadata store: {error}");
+            Errno::IO
+        })
     }
 
     /// The options it was mounted with.

@@ -328,6 +328,16 @@ impl MetaFile {
         Ok(())
     }
 
+    /// The last call: what is in memory and may not be written (a read-only mount's recovery) is
+    /// forgotten, anything else is made durable.
+    pub(crate) fn close(&self) -> io::Result<()> {
+        if self.read_only {
+            self.space().discard(PageRange::ALL);
+            return Ok(());
+        }
+        self.sync()
+    }
+
     fn sync(&self) -> io::Result<()> {
         if self.read_only {
             return Ok(());

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::Arc;
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use redb::{Database, Durability, ReadOnlyTable, ReadableDatabase, TableDefinition};
 
 use crate::Errno;
@@ -101,7 +101,8 @@ struct State {
 
 /// The metadata store.
 pub(crate) struct Store {
-    db: Database,
+    /// `None` once closed. Only commits lock it for long.
+    db: Mutex<Option<Database>>,
     state: RwLock<State>,
 }
 
@@ -140,7 +141,7 @@ impl Store {
             base,
         };
         Ok(Self {
-            db,
+            db: Mutex::new(Some(db)),
             state: RwLock::new(state),
         })
     }
@@ -339,7 +340,9 @@ impl Store {
     pub(crate) fn commit(&self, space: &SpaceLog) -> Result<(), redb::Error> {
         let group = self.state.read().committing.clone();
         let Some(group) = group else { return Ok(()) };
-        let mut write = self.db.begin_write()?;
+        let db = self.db.lock();
+        let db = db.as_ref().ok_or(redb::Error::DatabaseClosed)?;
+        let mut write = db.begin_write()?;
         write.set_durability(Durability::Immediate)?;
         write.set_quick_repair(true);
         for (definition, changes) in DEFINITIONS.into_iter().zip(&group.changes) {
@@ -359,7 +362,7 @@ impl Store {
             space.apply(&mut free)?;
         }
         write.commit()?;
-        let base = Self::snapshot(&self.db)?;
+        let base = Self::snapshot(db)?;
         let mut state = self.state.write();
         let old = std::mem::replace(&mut state.base, base);
         state.committing = None;
@@ -368,10 +371,22 @@ impl Store {
         Ok(())
     }
 
+    /// Ends the use of the store: redb marks its file as closed. Look-ups fail from now on.
+    pub(crate) fn close(&self) -> Result<(), redb::Error> {
+        match self.db.lock().take() {
+            Some(db) => Ok(db.close()?),
+            None => Ok(()),
+        }
+    }
+
     /// Hands every free extent of the durable state to `each`, in order.
     pub(crate) fn scan_free(&self, each: &mut dyn FnMut(u64, u64)) -> Result<(), redb::Error> {
         use redb::ReadableTable;
-        let read = self.db.begin_read()?;
+        let db = self.db.lock();
+        let read = db
+            .as_ref()
+            .ok_or(redb::Error::DatabaseClosed)?
+            .begin_read()?;
         let table = read.open_table(FREE)?;
         for entry in table.iter()? {
             let (start, len) = entry?;

@@ -15,10 +15,35 @@ pub const CRED: Cred = Cred {
     pid: 1,
 };
 
+struct Stderr;
+
+impl log::Log for Stderr {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= log::Level::Warn
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if self.enabled(record.metadata()) {
+            eprintln!("{}: {}", record.level(), record.args());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// Shows what the libraries log when a test fails.
+fn log_to_stderr() {
+    static LOGGER: Stderr = Stderr;
+    if log::set_logger(&LOGGER).is_ok() {
+        log::set_max_level(log::LevelFilter::Warn);
+    }
+}
+
 /// Nothing here may wait longer.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn devices(count: usize, size_bytes: u64) -> Vec<Arc<SimDevice>> {
+    log_to_stderr();
     (0..count)
         .map(|nth| SimDevice::new(&format!("sim{nth}"), size_bytes))
         .collect()
