@@ -33,6 +33,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("losetup", "mount"),
     ("blockdev", "util-linux"),
     ("setpriv", "util-linux"),
+    ("sfdisk", "fdisk"),
     ("cargo", "cargo"),
 ];
 

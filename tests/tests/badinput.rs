@@ -245,7 +245,7 @@ fn mkfs_read_only(env: &Env) -> Outcome {
 }
 
 fn mkfs_over_another(env: &Env) -> Outcome {
-    env.need_tools(&["mkfs.ext4", "mkfs.xfs", "mkfs.btrfs"])?;
+    env.need_tools(&["mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "sfdisk"])?;
     let makers: [(&str, &[&str], &str); 6] = [
         ("mkfs.ext4", &["-q"], "ext"),
         ("mkfs.xfs", &["-q"], "xfs"),

@@ -23,6 +23,7 @@ fn main() -> ExitCode {
         &[
             Test::new("help_and_version", 30, help_and_version),
             Test::new("mkfs_makes_images_and_labels", 30, mkfs_makes_images),
+            Test::new("mkfs_force_starts_afresh", 60, mkfs_starts_afresh),
             Test::new("mount_returns_when_usable_and_lets_go", 60, mount_lets_go),
             Test::new("mount_stays_in_the_foreground_when_asked", 60, foreground),
             Test::new("stats_and_info_for_people_and_programs", 60, reports),
@@ -76,6 +77,47 @@ fn mkfs_makes_images(env: &Env) -> Outcome {
     assert_eq!(list(&info, "/devices").len(), 2);
     assert_eq!(number(&info, "/devices/1/size_bytes"), 256 * MIB);
     assert_eq!(number(&info, "/stripe_unit_bytes"), 256 << 10);
+    Ok(())
+}
+
+/// What the devices held before, an older braidfs for one, must not shine through.
+fn mkfs_starts_afresh(env: &Env) -> Outcome {
+    let mut volume = Volume::format(env, "v", &[MEMBER_BYTES; 3], &[]);
+    for round in 1..=3 {
+        volume.mount(&[]);
+        let left = fs::read_dir(&volume.mountpoint)
+            .expect("list the volume")
+            .count();
+        assert_eq!(left, 0, "round {round}: a new file system is not empty");
+        fs::write(volume.path(&format!("file-{round}")), vec![round; 50 << 20]).expect("write");
+        for index in 0..500 {
+            fs::write(volume.path(&format!("small-{index}")), "small").expect("write");
+        }
+        volume.umount();
+        volume.fsck_clean();
+        env.braidfs()
+            .args(["mkfs", "--force"])
+            .args(&volume.devices)
+            .ok();
+        volume.fsck_clean();
+    }
+    // Fewer members than before, and another stripe unit.
+    let fewer = volume.devices[..2].to_vec();
+    env.braidfs()
+        .args(["mkfs", "--force", "--stripe-unit", "64K"])
+        .args(&fewer)
+        .ok();
+    let mut volume = Volume::on(env, "w", fewer);
+    volume.mount(&[]);
+    assert_eq!(
+        fs::read_dir(&volume.mountpoint)
+            .expect("list the volume")
+            .count(),
+        0
+    );
+    fs::write(volume.path("file"), vec![9; 50 << 20]).expect("write to the volume");
+    volume.umount();
+    volume.fsck_clean();
     Ok(())
 }
 

@@ -35,7 +35,7 @@ fn matrix(env: &Env, count: usize) -> Outcome {
         let equal = vec![1024 * MIB / count as u64; count];
         one_volume(env, &format!("equal-{unit}-"), &equal, unit, unit_blocks);
         if count > 1 {
-            let unequal: Vec<u64> = (0..count as u64).map(|dev| (96 + 64 * dev) * MIB).collect();
+            let unequal: Vec<u64> = (0..count as u64).map(|dev| (64 + 32 * dev) * MIB).collect();
             one_volume(
                 env,
                 &format!("unequal-{unit}-"),

@@ -18,6 +18,10 @@ const DEVICE_BYTES_PER_SEC: u64 = 100_000_000;
 const BYTES_PER_DEVICE: u64 = 500 * MIB;
 /// Of linear.
 const SCALING_MIN: f64 = 0.9;
+/// Of what the devices are allowed.
+const LIMIT_SHARE_MIN: f64 = 0.8;
+/// How many devices.
+const COUNTS: [usize; 3] = [1, 2, 4];
 /// The machine may be busy with something else: the best of so many tries counts.
 const TRIES: usize = 3;
 
@@ -40,48 +44,48 @@ struct Rates {
 fn throughput_scales_with_devices(env: &Env) -> Outcome {
     env.need_loop_devices()?;
     env.need_space(5 * GIB)?;
-    let mut best = [Rates::default(); 3];
+    let mut best = [Rates::default(); COUNTS.len()];
     for attempt in 1..=TRIES {
-        for (slot, count) in best.iter_mut().zip([1, 2, 4]) {
-            let enough = |rate: f64| rate >= goal(count);
-            if enough(slot.write) && enough(slot.read) {
-                continue;
-            }
+        for (slot, count) in best.iter_mut().zip(COUNTS) {
             let rates = measure(env, count, attempt)?;
             slot.write = slot.write.max(rates.write);
             slot.read = slot.read.max(rates.read);
         }
-    }
-    for (rates, count) in best.iter().zip([1.0, 2.0, 4.0]) {
-        for (what, rate, one) in [
-            ("write", rates.write, best[0].write),
-            ("read", rates.read, best[0].read),
-        ] {
-            let (share, scaling) = (
-                rate / count / DEVICE_BYTES_PER_SEC as f64,
-                rate / count / one,
-            );
-            println!(
-                "{count} devices, {what}: {:.0} MB/s, {share:.2} of the limit",
-                rate / 1e6
-            );
-            assert!(
-                scaling >= SCALING_MIN,
-                "{what} on {count} devices: {scaling:.2} of linear"
-            );
-            // Were one device far below its limit, scaling from there would say little.
-            assert!(
-                share >= SCALING_MIN,
-                "{what} on {count} devices: {share:.2} of the limit"
-            );
+        if complaints(&best).is_empty() {
+            break;
         }
     }
+    for (rates, count) in best.iter().zip(COUNTS) {
+        let (write, read) = (rates.write / 1e6, rates.read / 1e6);
+        println!("{count} devices: write {write:.0} MB/s, read {read:.0} MB/s");
+    }
+    let complaints = complaints(&best);
+    assert!(complaints.is_empty(), "{}", complaints.join("\n"));
     Ok(())
 }
 
-/// A rate that needs no second try.
-fn goal(count: usize) -> f64 {
-    0.95 * DEVICE_BYTES_PER_SEC as f64 * count as f64
+/// What is not as it should be about rates at 1, 2, 4 devices.
+fn complaints(rates: &[Rates]) -> Vec<String> {
+    let mut complaints = Vec::new();
+    for (at, count) in rates.iter().zip(COUNTS) {
+        for (what, rate, one) in [
+            ("write", at.write, rates[0].write),
+            ("read", at.read, rates[0].read),
+        ] {
+            let per_device = rate / count as f64;
+            let (linear, limit) = (per_device / one, per_device / DEVICE_BYTES_PER_SEC as f64);
+            if linear < SCALING_MIN {
+                complaints.push(format!("{what} on {count} devices: {linear:.2} of linear"));
+            }
+            // Scaling from a device that is far below its own limit would say little.
+            if limit < LIMIT_SHARE_MIN {
+                complaints.push(format!(
+                    "{what} on {count} devices: {limit:.2} of the limit"
+                ));
+            }
+        }
+    }
+    complaints
 }
 
 fn measure(env: &Env, count: usize, attempt: usize) -> Result<Rates, braidfs_tests::env::Skip> {

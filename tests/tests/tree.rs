@@ -29,9 +29,9 @@ fn main() -> ExitCode {
                 60,
                 the_comparison_notices_losses,
             ),
-            Test::new("cp_archive_is_identical_after_remount", 240, cp_archive),
-            Test::new("tar_is_identical_after_remount", 240, tar),
-            Test::new("rsync_is_identical_after_remount", 300, rsync),
+            Test::new("cp_archive_is_identical_after_remount", 400, cp_archive),
+            Test::new("tar_is_identical_after_remount", 400, tar),
+            Test::new("rsync_is_identical_after_remount", 400, rsync),
         ],
     )
 }
@@ -120,7 +120,7 @@ fn cp_archive(env: &Env) -> Outcome {
             .arg("-a")
             .arg(source.join("."))
             .arg(target)
-            .limit_secs(150)
+            .limit_secs(240)
             .ok();
     })
 }
@@ -132,7 +132,7 @@ fn tar(env: &Env) -> Outcome {
                       -C \"$1\" -cf - . | \
                       tar --acls --xattrs --xattrs-include='*' -C \"$2\" -xpf - 2>&1";
         // tar cannot keep what it does not know of: the names of sockets are warned about.
-        Cmd::sh(script, [source, target]).limit_secs(150).ok();
+        Cmd::sh(script, [source, target]).limit_secs(240).ok();
     })
 }
 
@@ -149,7 +149,7 @@ fn rsync(env: &Env) -> Outcome {
                 .args(flags)
                 .args(large)
                 .args([&from, &to])
-                .limit_secs(200)
+                .limit_secs(240)
                 .ok()
         };
         rsync(&["-aHAX"]);
