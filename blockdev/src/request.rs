@@ -26,7 +26,7 @@ pub(crate) struct Parts {
     pub is_retry: bool,
     /// When the queue gave it to the device. A later per-request timeout starts here.
     pub started: Option<Instant>,
-    /// Order of dispatch on its device, to see completions that overtake.
+    /// Order of dispatch on its device, to see which were overtaken.
     pub seq: u64,
     /// How many kiobufs have bytes in it, counted at dispatch.
     pub kiobufs: u64,

@@ -105,7 +105,7 @@ pub struct QueueStats {
     pub back_merges: u64,
     /// Requests joined to the front of another.
     pub front_merges: u64,
-    /// Completions that overtook an earlier dispatched request.
+    /// Requests that ended after one that was dispatched later.
     pub out_of_order: u64,
     /// Failed merged requests that were tried again piece by piece.
     pub piecewise_retries: u64,
