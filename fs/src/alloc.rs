@@ -340,8 +340,13 @@ impl Allocator {
             .allocate_chunk(ChunkKind::Data, self.meta_reserve_bytes)
             .map_err(|_| Errno::NOSPC)?;
         let mut inner = self.inner.lock();
-        let fresh = inner.free.insert(chunk.start.0, chunk.len_blocks);
-        assert!(fresh, "a new chunk overlaps no free run");
+        if !inner.free.insert(chunk.start.0, chunk.len_blocks) {
+            log::error!(
+                "free space overlaps the new chunk {}; run 'braidfs fsck -n'",
+                chunk.id
+            );
+            return Err(Errno::IO);
+        }
         inner.chunk_blocks += chunk.len_blocks;
         inner.log.added.push((chunk.start.0, chunk.len_blocks));
         inner.log.known_chunk = inner.log.known_chunk.max(Some(chunk.id));
@@ -426,8 +431,9 @@ impl Allocator {
     pub(crate) fn release(&self, log: &SpaceLog) {
         let mut inner = self.inner.lock();
         for &(start, len) in log.freed() {
-            let fresh = inner.free.insert(start, len);
-            assert!(fresh, "a pending block was not free");
+            if !inner.free.insert(start, len) {
+                log::error!("blocks {start}+{len} were freed twice; run 'braidfs fsck -n'");
+            }
             inner.pending -= len;
         }
     }

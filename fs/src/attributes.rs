@@ -70,6 +70,10 @@ impl FileSystem {
             }
             attr.ctime = set.ctime.unwrap_or(now);
         }
+        if set.mode.is_some() {
+            let mode = inode.state.lock().attr.mode;
+            self.acl_follow_mode(ino, mode)?;
+        }
         self.mark_dirty(&inode);
         Ok(inode.attr())
     }

@@ -98,7 +98,7 @@ pub fn format(volume: Arc<Volume>) -> Result<(), MountError> {
         cache_bytes: crate::CACHE_BYTES_MIN,
         ..MountOptions::default()
     };
-    let fs = FileSystem::start(volume, options)?;
+    let fs = FileSystem::start(volume, options, true)?;
     let now = Timestamp::now();
     let attr = Attr {
         ino: ROOT_INO,
@@ -135,7 +135,7 @@ pub fn format(volume: Arc<Volume>) -> Result<(), MountError> {
 impl FileSystem {
     /// Mounts an assembled volume. Completes the deletions and truncations that a crash cut off.
     pub fn mount(volume: Arc<Volume>, options: MountOptions) -> Result<Arc<Self>, MountError> {
-        let fs = Self::start(volume, options)?;
+        let fs = Self::start(volume, options, false)?;
         let root = fs.inode(ROOT_INO).and_then(|root| root.check_dir());
         if let Err(error) = root {
             fs.stop();
@@ -152,17 +152,18 @@ impl FileSystem {
         Ok(fs)
     }
 
-    /// Everything but looking at what is there.
+    /// Everything but looking at what is there. `fresh`: there is nothing yet.
     pub(crate) fn start(
         volume: Arc<Volume>,
         options: MountOptions,
+        fresh: bool,
     ) -> Result<Arc<Self>, MountError> {
         let config = CacheConfig {
             size_bytes: options.cache_bytes,
             ..CacheConfig::default()
         };
         let cache = Cache::new(config, Arc::clone(&volume))?;
-        let meta = match MetaFile::open(Arc::clone(&volume), &cache, options.read_only) {
+        let meta = match MetaFile::open(Arc::clone(&volume), &cache, options.read_only, fresh) {
             Ok(meta) => meta,
             Err(error) => {
                 cache.shutdown();

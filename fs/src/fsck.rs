@@ -66,7 +66,7 @@ pub fn check(volume: Arc<Volume>) -> Result<Report, MountError> {
         cache_bytes: CHECK_CACHE_BYTES,
         ..MountOptions::default()
     };
-    let fs = FileSystem::start(volume, options)?;
+    let fs = FileSystem::start(volume, options, false)?;
     let check = Check {
         fs: &fs,
         report: Report::default(),

@@ -6,6 +6,7 @@
 
 #![deny(unsafe_code)]
 
+mod acl;
 mod alloc;
 mod attributes;
 pub mod cli;

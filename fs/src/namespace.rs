@@ -210,12 +210,13 @@ impl FileSystem {
         }
         let is_dir = node.mode & libc::S_IFMT == libc::S_IFDIR;
         let inherits = dir_attr.mode & libc::S_ISGID != 0;
-        let mut mode = node.mode & !(cred.umask & 0o777);
+        let mut mode = node.mode;
         if inherits && is_dir {
             mode |= libc::S_ISGID;
         }
         let now = Timestamp::now();
         let ino = self.next_ino.fetch_add(1, Ordering::SeqCst);
+        let mode = self.inherit_acl(dir, ino, mode, cred.umask)?;
         let attr = Attr {
             ino,
             size: node.target.map_or(0, |target| target.len() as u64),
@@ -324,13 +325,12 @@ impl FileSystem {
         if target.len() > SYMLINK_MAX {
             return Err(Errno::NAMETOOLONG);
         }
-        let cred = Cred { umask: 0, ..*cred };
         let node = NewNode {
             mode: libc::S_IFLNK | 0o777,
             rdev: 0,
             target: Some(target),
         };
-        Ok(self.make(parent, name, &node, &cred)?.attr())
+        Ok(self.make(parent, name, &node, cred)?.attr())
     }
 
     /// The target of a symbolic link.

@@ -1,6 +1,10 @@
 //! Extended attributes: one row each. (The row with the empty name is a symbolic link's target.)
 
+use std::sync::Arc;
+
+use crate::acl::{self, Acl};
 use crate::filesystem::FileSystem;
+use crate::inode::Inode;
 use crate::meta::records::{ino_key, name_key};
 use crate::meta::store::Table;
 use crate::{Errno, Ino, NAME_MAX, XATTR_SIZE_MAX};
@@ -44,13 +48,92 @@ impl FileSystem {
         if !exists && flags & libc::XATTR_REPLACE != 0 {
             return Err(Errno::NODATA);
         }
-        self.store.put(Table::Xattrs, &key, value);
+        match name {
+            acl::ACCESS => self.set_access_acl(&inode, value)?,
+            acl::DEFAULT => self.set_default_acl(&inode, value)?,
+            _ => self.store.put(Table::Xattrs, &key, value),
+        }
         if clear_sgid {
             inode.state.lock().attr.mode &= !libc::S_ISGID;
         }
         inode.touch_changed();
         self.mark_dirty(&inode);
         Ok(())
+    }
+
+    fn put_acl(&self, ino: Ino, name: &[u8], acl: Option<&Acl>) {
+        let key = name_key(ino, name);
+        match acl {
+            Some(acl) => self.store.put(Table::Xattrs, &key, &acl.encode()),
+            None => self.store.delete(Table::Xattrs, &key),
+        }
+    }
+
+    fn set_access_acl(&self, inode: &Inode, value: &[u8]) -> Result<(), Errno> {
+        let acl = Acl::decode(value)?;
+        if let Some(acl) = &acl {
+            let mut state = inode.state.lock();
+            state.attr.mode = acl.mode(state.attr.mode);
+        }
+        self.put_acl(
+            inode.ino,
+            acl::ACCESS,
+            acl.as_ref().filter(|acl| !acl.is_mode_only()),
+        );
+        Ok(())
+    }
+
+    fn set_default_acl(&self, inode: &Inode, value: &[u8]) -> Result<(), Errno> {
+        let acl = Acl::decode(value)?;
+        if acl.is_some() && inode.check_dir().is_err() {
+            return Err(Errno::ACCES);
+        }
+        self.put_acl(inode.ino, acl::DEFAULT, acl.as_ref());
+        Ok(())
+    }
+
+    fn acl(&self, ino: Ino, name: &[u8]) -> Result<Option<Acl>, Errno> {
+        let key = name_key(ino, name);
+        let found = self
+            .store
+            .get(Table::Xattrs, &key, |value| value.map(Acl::decode))?;
+        found.transpose().map(Option::flatten)
+    }
+
+    /// After chmod: a stored access list follows the mode. The caller holds a pass.
+    pub(crate) fn acl_follow_mode(&self, ino: Ino, mode: u32) -> Result<(), Errno> {
+        if let Some(mut acl) = self.acl(ino, acl::ACCESS)? {
+            acl.set_mode(mode);
+            self.put_acl(ino, acl::ACCESS, Some(&acl));
+        }
+        Ok(())
+    }
+
+    /// What a new inode inherits: its mode. A default list takes the place of the umask. The
+    /// caller holds a pass.
+    pub(crate) fn inherit_acl(
+        &self,
+        dir: &Arc<Inode>,
+        ino: Ino,
+        mode: u32,
+        umask: u32,
+    ) -> Result<u32, Errno> {
+        if mode & libc::S_IFMT == libc::S_IFLNK {
+            return Ok(mode);
+        }
+        let Some(default) = self.acl(dir.ino, acl::DEFAULT)? else {
+            return Ok(mode & !(umask & 0o777));
+        };
+        if mode & libc::S_IFMT == libc::S_IFDIR {
+            self.put_acl(ino, acl::DEFAULT, Some(&default));
+        }
+        let acl = default.inherited(mode);
+        self.put_acl(
+            ino,
+            acl::ACCESS,
+            Some(&acl).filter(|acl| !acl.is_mode_only()),
+        );
+        Ok(acl.mode(mode))
     }
 
     /// The value of an attribute.

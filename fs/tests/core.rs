@@ -394,3 +394,85 @@ fn a_listing_is_stable_while_others_come_and_go() {
     fs.unmount().unwrap();
     check(&devices);
 }
+
+#[test]
+fn formatting_again_forgets_all_there_was() {
+    let devices = devices(2, 64 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let file = create(&fs, ROOT_INO, "old");
+    for piece in 0..40 {
+        write(&fs, &file, piece << 20, &pattern(piece, MIB));
+    }
+    fs.unmount().unwrap();
+    format(&devices);
+    assert_eq!(check(&devices).inodes, 1);
+    let fs = mount(&devices);
+    assert!(names(&fs, ROOT_INO).is_empty());
+    let file = create(&fs, ROOT_INO, "new");
+    for piece in 0..40 {
+        write(&fs, &file, piece << 20, &pattern(piece, MIB));
+    }
+    fs.unmount().unwrap();
+    check(&devices);
+}
+
+#[test]
+fn lists_of_access_follow_the_mode_and_are_inherited() {
+    let entry = |tag: u16, perm: u16, id: u32| {
+        [
+            &tag.to_le_bytes()[..],
+            &perm.to_le_bytes(),
+            &id.to_le_bytes(),
+        ]
+        .concat()
+    };
+    let none = u32::MAX;
+    let list = |named: bool| {
+        let mut out = 2u32.to_le_bytes().to_vec();
+        out.extend(entry(1, 7, none));
+        if named {
+            out.extend(entry(2, 6, 1234));
+        }
+        out.extend(entry(4, 5, none));
+        if named {
+            out.extend(entry(16, 6, none));
+        }
+        out.extend(entry(32, 0, none));
+        out
+    };
+    let (access, default) = (b"system.posix_acl_access", b"system.posix_acl_default");
+    let devices = devices(1, 64 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let dir = fs.mkdir(ROOT_INO, b"d", 0o777, &CRED).unwrap().ino;
+    fs.setxattr(dir, access, &list(false), 0, false).unwrap();
+    assert_eq!(fs.getattr(dir).unwrap().mode & 0o777, 0o750);
+    assert_eq!(fs.getxattr(dir, access), Err(Errno::NODATA));
+    fs.setxattr(dir, access, &list(true), 0, false).unwrap();
+    assert_eq!(fs.getattr(dir).unwrap().mode & 0o777, 0o760);
+    let chmod = SetAttr {
+        mode: Some(0o711),
+        ..Default::default()
+    };
+    fs.setattr(dir, &chmod, &CRED).unwrap();
+    let mask = &fs.getxattr(dir, access).unwrap()[4 + 3 * 8 + 2..][..2];
+    assert_eq!(mask, [1, 0]);
+    fs.setxattr(dir, default, &list(true), 0, false).unwrap();
+    let file = create(&fs, dir, "f");
+    // The default list takes the umask's place: 0644 cut down to the list.
+    assert_eq!(fs.getattr(file.ino()).unwrap().mode & 0o777, 0o640);
+    assert!(fs.getxattr(file.ino(), access).is_ok());
+    let sub = fs.mkdir(dir, b"sub", 0o777, &CRED).unwrap().ino;
+    assert_eq!(fs.getxattr(sub, default).unwrap(), list(true));
+    assert_eq!(
+        fs.setxattr(file.ino(), default, &list(true), 0, false),
+        Err(Errno::ACCES)
+    );
+    assert_eq!(
+        fs.setxattr(file.ino(), access, b"junk", 0, false),
+        Err(Errno::INVAL)
+    );
+    fs.unmount().unwrap();
+    check(&devices);
+}

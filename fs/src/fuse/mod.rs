@@ -85,7 +85,7 @@ pub fn threads_default() -> usize {
 
 /// Whether the core inherits default ACLs and keeps mode and ACL in step. Until it does, ACLs are
 /// not offered to the kernel, which then applies the umask itself.
-const ACL_SUPPORTED: bool = false;
+const ACL_SUPPORTED: bool = true;
 
 /// The state that requests share.
 struct Shared {

@@ -175,11 +175,13 @@ fn block_error(error: BlockError) -> io::Error {
 }
 
 impl MetaFile {
-    /// Opens the file as its head says; on a volume without a head it is empty.
+    /// Opens the file as its head says. With `fresh`, makes it empty first, whatever the devices
+    /// held before.
     pub(crate) fn open(
         volume: Arc<Volume>,
         cache: &Arc<Cache>,
         read_only: bool,
+        fresh: bool,
     ) -> io::Result<Arc<Self>> {
         let chunks: Vec<Chunk> = volume
             .chunks()
@@ -193,6 +195,14 @@ impl MetaFile {
             )
         })?;
         let mut head = Head::default();
+        if fresh {
+            for slot in 0..HEAD_BLOCKS {
+                let block = VolBlock(first.start.0 + slot);
+                let zeros = AlignedBuf::zeroed(PAGE_SIZE);
+                volume.write_wait(block, zeros).map_err(block_error)?;
+            }
+            volume.flush_wait().map_err(block_error)?;
+        }
         for slot in 0..HEAD_BLOCKS {
             let block = VolBlock(first.start.0 + slot);
             for copy in 0..volume.copies(block) {
@@ -204,6 +214,12 @@ impl MetaFile {
                     head = found;
                 }
             }
+        }
+        if head == Head::default() && !fresh {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "there is no valid head: formatting did not come to its end, or the head is damaged",
+            ));
         }
         if head.chunk_count as usize > chunks.len() {
             return Err(io::Error::new(
