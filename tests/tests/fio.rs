@@ -92,20 +92,21 @@ fn sequential_o_direct(env: &Env) -> Outcome {
 fn random_buffered(env: &Env) -> Outcome {
     verified(
         env,
-        &[&["--name=rand", "--rw=randwrite", "--bs=16k", "--size=2g"]],
+        &[&["--name=rand", "--rw=randwrite", "--bs=64k", "--size=2g"]],
     )
 }
 
 fn random_o_direct(env: &Env) -> Outcome {
+    let job = [
+        "--name=rand",
+        "--rw=randwrite",
+        "--bs=16k",
+        "--size=2g",
+        "--direct=1",
+    ];
     verified(
         env,
-        &[&[
-            "--name=rand",
-            "--rw=randwrite",
-            "--bs=16k",
-            "--size=2g",
-            "--direct=1",
-        ]],
+        &[&[&job[..], &["--ioengine=libaio", "--iodepth=16"]].concat()],
     )
 }
 
@@ -126,7 +127,7 @@ fn mmap(env: &Env) -> Outcome {
         "--ioengine=mmap",
         "--rw=randwrite",
         "--bs=64k",
-        "--size=2g",
+        "--size=512m",
     ];
     verified(env, &[&job])
 }
@@ -147,7 +148,7 @@ fn io_uring_engine(env: &Env) -> Outcome {
 /// Jobs that differ in how they go about it, on files of their own, side by side.
 fn buffered_and_direct_at_once(env: &Env) -> Outcome {
     let (buffered, direct, map) = (
-        ["--name=b", "--rw=write", "--bs=4k", "--size=512m"],
+        ["--name=b", "--rw=write", "--bs=4k", "--size=256m"],
         [
             "--name=d",
             "--rw=randwrite",
