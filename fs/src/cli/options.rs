@@ -198,7 +198,7 @@ impl ParsedOptions {
                 Ok(threads @ 1..=fuse::THREADS_MAX) => self.threads = threads,
                 _ => return impossible(&format!("1 to {}", fuse::THREADS_MAX)),
             },
-            "timeout" => match value.parse() {
+            "attr_timeout" => match value.parse() {
                 Ok(seconds @ 0..=TIMEOUT_SECONDS_MAX) => {
                     self.timeout = Duration::from_secs(seconds);
                 }
@@ -243,7 +243,7 @@ fn unknown(name: &str, value: Option<&str>) -> String {
         "cache_size",
         "backend",
         "threads",
-        "timeout",
+        "attr_timeout",
         "fsname",
         "subtype",
         "logfile",
@@ -371,7 +371,7 @@ mod tests {
             ("backend=magic", "auto, uring or threads"),
             ("threads=0", "'threads=0'"),
             ("threads=100000", "'threads=100000'"),
-            ("timeout=-1", "'timeout=-1'"),
+            ("attr_timeout=-1", "'attr_timeout=-1'"),
             ("uid=5", "chown"),
             ("fsname=", "'fsname='"),
             ("allow_other,allow_root", "exclude each other"),
