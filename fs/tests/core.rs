@@ -476,3 +476,43 @@ fn lists_of_access_follow_the_mode_and_are_inherited() {
     fs.unmount().unwrap();
     check(&devices);
 }
+
+#[test]
+fn metadata_that_fills_the_volume_is_enospc_and_deletion_still_works() {
+    let devices = devices(2, 32 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let value = pattern(1, 16 << 10);
+    let mut made = Vec::new();
+    let error = loop {
+        let name = format!("file{:06}", made.len());
+        let flags = libc::O_RDWR | libc::O_CREAT;
+        match fs.create(ROOT_INO, name.as_bytes(), 0o644, flags, &CRED) {
+            Ok((attr, file)) => {
+                fs.release(&file);
+                let set = fs.setxattr(attr.ino, b"user.x", &value, 0, false);
+                fs.forget(attr.ino, 1);
+                made.push(name);
+                if let Err(error) = set {
+                    break error;
+                }
+            }
+            Err(error) => break error,
+        }
+        if made.len() % 100 == 0 {
+            fs.sync().expect("a commit has room");
+        }
+        assert!(made.len() < 20_000, "more than the devices hold");
+    };
+    assert_eq!(error, Errno::NOSPC);
+    fs.sync().expect("a commit has room");
+    assert!(made.len() > 500, "only {} files fit", made.len());
+    for name in &made {
+        fs.unlink(ROOT_INO, name.as_bytes())
+            .expect("deletion works on a full volume");
+    }
+    fs.sync().expect("a commit has room");
+    create(&fs, ROOT_INO, "again");
+    fs.unmount().unwrap();
+    assert_eq!(check(&devices).inodes, 2);
+}
