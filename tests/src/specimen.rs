@@ -93,15 +93,15 @@ fn make_sparse(dir: &Path, random: &mut Random) {
     const MIB: u64 = 1 << 20;
     folder(dir);
     let cases: [(&str, u64, &[u64]); 5] = [
-        ("only-a-hole", 8192 * MIB, &[]),
-        ("hole-first", 1024 * MIB, &[1023 * MIB]),
-        ("hole-last", 1024 * MIB, &[0]),
+        ("only-a-hole", 2048 * MIB, &[]),
+        ("hole-first", 256 * MIB, &[255 * MIB]),
+        ("hole-last", 256 * MIB, &[0]),
         (
             "islands",
-            512 * MIB,
-            &[3 * MIB, 77 * MIB, 78 * MIB, 300 * MIB + 65_536],
+            128 * MIB,
+            &[3 * MIB, 77 * MIB, 78 * MIB, 100 * MIB + 65_536],
         ),
-        ("odd-end", 100 * MIB + 123, &[50 * MIB]),
+        ("odd-end", 50 * MIB + 123, &[20 * MIB]),
     ];
     for (name, len, islands) in cases {
         let file = File::create(dir.join(name)).expect("a sparse file");

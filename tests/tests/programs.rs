@@ -124,7 +124,8 @@ fn cargo(env: &Env) -> Outcome {
     let manifest = "[package]\nname = \"small\"\nversion = \"0.1.0\"\nedition = \"2024\"\n\n\
                     [workspace]\n";
     let build = "fn main() {\n    let out = std::env::var(\"OUT_DIR\").unwrap();\n    \
-                 std::fs::write(format!(\"{out}/n.rs\"), \"pub const N: u32 = 42;\").unwrap();\n}\n";
+                 let text = \"pub const N: u32 = 42;\";\n    \
+                 std::fs::write(format!(\"{out}/n.rs\"), text).unwrap();\n}\n";
     let main = "include!(concat!(env!(\"OUT_DIR\"), \"/n.rs\"));\n\nfn main() {\n    \
                 println!(\"the number is {N}\");\n}\n\n#[test]\nfn number() {\n    \
                 assert_eq!(N, 42);\n}\n";
@@ -174,7 +175,8 @@ fn start_writer(env: &Env, database: &Path, journal: &str) -> Running {
     );
     for _ in 0..20_000 {
         text += "BEGIN; INSERT INTO t(a,b) VALUES(hex(randomblob(9)),randomblob(3000));\n\
-                 UPDATE t SET a=hex(randomblob(9)) WHERE id=abs(random())%(SELECT max(id) FROM t);\n\
+                 UPDATE t SET a=hex(randomblob(9)) \
+                 WHERE id=abs(random())%(SELECT max(id) FROM t);\n\
                  COMMIT; SELECT 'durable '||max(id) FROM t;\n";
     }
     fs::write(&script, text).expect("the writer's script");
