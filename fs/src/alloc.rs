@@ -86,6 +86,12 @@ impl RunSet {
         self.blocks -= len;
     }
 
+    /// Whether all of `len` blocks at `start` are in the set.
+    fn contains(&self, start: u64, len: u64) -> bool {
+        let inside = self.runs.range(..=start).next_back();
+        inside.is_some_and(|(run, run_len)| start + len <= run + run_len)
+    }
+
     pub(crate) fn blocks(&self) -> u64 {
         self.blocks
     }
@@ -318,7 +324,7 @@ impl Allocator {
         loop {
             {
                 let mut inner = self.inner.lock();
-                if inner.free.blocks() - inner.reserved >= blocks {
+                if inner.free.blocks().saturating_sub(inner.reserved) >= blocks {
                     inner.reserved += blocks;
                     return Ok(());
                 }
@@ -326,7 +332,7 @@ impl Allocator {
             let _one = self.growing.lock();
             let enough = {
                 let inner = self.inner.lock();
-                inner.free.blocks() - inner.reserved >= blocks
+                inner.free.blocks().saturating_sub(inner.reserved) >= blocks
             };
             if !enough {
                 self.add_chunk()?;
@@ -411,10 +417,16 @@ impl Allocator {
     /// Takes an allocation back that never got mapped (its write failed) and reserves it again.
     pub(crate) fn unallocate(&self, start: u64, len: u64) {
         let mut inner = self.inner.lock();
-        inner.log.allocated.take(start, len);
-        let fresh = inner.free.insert(start, len);
-        assert!(fresh, "an allocated run was not free");
         inner.reserved += len;
+        if inner.log.allocated.contains(start, len) {
+            inner.log.allocated.take(start, len);
+            if inner.free.insert(start, len) {
+                return;
+            }
+        }
+        // Its group was frozen meanwhile (a write repeated in the background): the next one frees it.
+        inner.pending += len;
+        inner.log.freed.push((start, len));
     }
 
     /// Ends the group: what follows belongs to the next one.

@@ -1,29 +1,18 @@
 //! Opening, reading and writing files.
 //!
 //! Reads and writes go through the page cache. A large aligned read or write for which the caller
-//! asked O_DIRECT goes past it: kiobufs over private pages, straight to and from the devices.
-//!
-//! Coherence between the two: a direct write holds its range exclusively, drops the cached pages
-//! of the range, writes, maps, and drops again what a readahead may have fetched through the old
-//! map. A direct read is served through the cache if any page of its range is there.
+//! asked O_DIRECT goes past it, see [`crate::direct`].
 //!
 //! Invariant: bytes behind the end of file are zero in the last page, in memory and on disk. So
 //! growing a file needs no zeroing, and shrinking one zeroes the tail.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use braidfs_blockdev::{BlockError, Class, Kiobuf, VolBlock};
-use braidfs_cache::{
-    CacheError, FrameVec, MapOut, PageRange, ReadData, ReadaheadState, SegmentKind,
-};
-use parking_lot::{Condvar, Mutex};
+use braidfs_cache::{CacheError, FrameVec, PageRange, ReadData, ReadaheadState};
 
 use crate::filesystem::FileSystem;
 use crate::inode::{Inode, PAGE, PAGE_END};
-use crate::meta::records::Extent;
-use crate::range_lock::RangeGuard;
-use crate::txg::ReadPass;
 use crate::{AtimeMode, Errno, FILE_SIZE_MAX, Ino, Timestamp, WriteFlags};
 
 /// Direct I/O smaller than this goes through the cache.
@@ -64,6 +53,11 @@ enum Pages {
 }
 
 impl ReadReply {
+    /// `len` bytes of private pages.
+    pub(crate) fn private(frames: FrameVec, len: usize) -> Self {
+        Self(Pages::Private(frames, len))
+    }
+
     /// Bytes.
     pub fn len(&self) -> usize {
         match &self.0 {
@@ -258,70 +252,6 @@ impl FileSystem {
         }
     }
 
-    fn read_direct(&self, inode: &Arc<Inode>, len: usize, pages: PageRange, done: ReadDone) {
-        let epoch = self.epoch.enter();
-        let range = inode.ranges.shared(pages.start * PAGE, pages.end * PAGE);
-        let mut map = MapOut::default();
-        let mapped = {
-            let _map = inode.map.read();
-            self.extents(inode.ino).map(pages, &mut map)
-        };
-        if let Err(error) = mapped {
-            return done(Err(error));
-        }
-        let bytes = usize::try_from(pages.count() * PAGE).expect("bounded by IO_BYTES_MAX");
-        let Some(mut frames) = self.cache.alloc_private(bytes) else {
-            return done(Err(Errno::NOMEM));
-        };
-        if map
-            .segments
-            .iter()
-            .any(|segment| segment.kind == SegmentKind::Hole)
-        {
-            frames.slices_mut().for_each(|slice| slice.fill(0));
-        }
-        let mut lender = frames.lend();
-        let mut pieces = Vec::with_capacity(map.segments.len());
-        for segment in &map.segments {
-            let count = usize::try_from(segment.pages.count()).expect("bounded");
-            match segment.kind {
-                SegmentKind::Hole => lender.skip(count),
-                SegmentKind::Data { block, .. } => pieces.push((block, count, lender.take(count))),
-            }
-        }
-        let read = Arc::new(DirectRead {
-            left: AtomicUsize::new(pieces.len() + 1),
-            error: Mutex::new(None),
-            rest: Mutex::new(Some(DirectRest {
-                lender,
-                map,
-                len,
-                volume: Arc::clone(&self.volume),
-                ino: inode.ino,
-                done,
-                _range: range,
-                _epoch: epoch,
-            })),
-        });
-        let mut plug = self.volume.plug();
-        for (block, count, lent) in pieces {
-            let read = Arc::clone(&read);
-            let end_io = Box::new(move |completion: braidfs_blockdev::Completion| {
-                drop(completion.pages);
-                read.end(completion.error);
-            });
-            let bytes = count * usize::try_from(PAGE).expect("a page is small");
-            plug.read(
-                block,
-                Kiobuf::new(lent, 0, bytes, end_io),
-                None,
-                Class::Sync,
-            );
-        }
-        plug.finish();
-        read.end(None);
-    }
-
     /// Writes `data` at `offset`. Reserves space first, so that a full volume is this call's
     /// error.
     pub fn write(
@@ -360,7 +290,12 @@ impl FileSystem {
         done(written);
     }
 
-    fn check_write(&self, file: &OpenFile, offset: u64, len: usize) -> Result<(), Errno> {
+    pub(crate) fn check_write(
+        &self,
+        file: &OpenFile,
+        offset: u64,
+        len: usize,
+    ) -> Result<(), Errno> {
         self.check_writable()?;
         if file.inode.state.lock().attr.is_dir() {
             return Err(Errno::ISDIR);
@@ -405,7 +340,7 @@ impl FileSystem {
     }
 
     /// Size, times and set-id bits after a write that ended at `end`.
-    fn note_written(&self, inode: &Arc<Inode>, end: u64, flags: WriteFlags) {
+    pub(crate) fn note_written(&self, inode: &Arc<Inode>, end: u64, flags: WriteFlags) {
         {
             let mut state = inode.state.lock();
             let attr = &mut state.attr;
@@ -422,105 +357,6 @@ impl FileSystem {
         self.mark_dirty(inode);
     }
 
-    /// Page-aligned private pages for [`FileSystem::write_pages`].
-    pub fn alloc_pages(&self, len: usize) -> Result<FrameVec, Errno> {
-        self.cache.alloc_private(len).ok_or(Errno::NOMEM)
-    }
-
-    /// Writes the caller's own pages, past the cache: no byte is copied on the way to the
-    /// devices. `offset` and the length are multiples of the page size. Waits for the devices.
-    pub fn write_pages(
-        &self,
-        file: &Arc<OpenFile>,
-        offset: u64,
-        frames: FrameVec,
-        flags: WriteFlags,
-    ) -> Result<u32, Errno> {
-        let len = frames.len();
-        self.check_write(file, offset, len)?;
-        if !offset.is_multiple_of(PAGE) || !(len as u64).is_multiple_of(PAGE) {
-            return Err(Errno::INVAL);
-        }
-        let Some(pages) = PageRange::covering(offset, len as u64) else {
-            return Ok(0);
-        };
-        let inode = &file.inode;
-        self.balance_group()?;
-        self.check_meta_room()?;
-        self.reserve(pages.count())?;
-        let crcs = checksums(&frames);
-        let pass = self.gate.enter();
-        let range = inode.ranges.exclusive(offset, offset + len as u64);
-        let space = self.pages(inode);
-        self.space.unreserve(space.discard(pages));
-        let mut runs = Vec::with_capacity(2);
-        self.space.allocate(pages.count(), &mut runs)?;
-        let written = self.write_runs(frames, &runs);
-        let mapped = written.map_err(|error| {
-            log::error!("inode {}: direct write at {offset}: {error}", inode.ino);
-            Errno(error.errno())
-        });
-        let mapped = match mapped {
-            Ok(()) => self.map_runs(inode, pages.start, &runs, &crcs),
-            Err(error) => {
-                for &(start, len) in &runs {
-                    self.space.unallocate(start, len);
-                }
-                self.space.unreserve(pages.count());
-                Err(error)
-            }
-        };
-        self.space.unreserve(space.discard(pages));
-        mapped?;
-        self.note_written(inode, offset + len as u64, flags);
-        drop((range, pass));
-        Ok(u32::try_from(len).expect("bounded by IO_BYTES_MAX"))
-    }
-
-    fn map_runs(
-        &self,
-        inode: &Arc<Inode>,
-        first_page: u64,
-        runs: &[(u64, u64)],
-        crcs: &[u32],
-    ) -> Result<(), Errno> {
-        let (mut start, mut crcs) = (first_page, crcs);
-        for &(block, len) in runs {
-            let (now, later) = crcs.split_at(usize::try_from(len).expect("bounded"));
-            crcs = later;
-            self.map_written(
-                inode,
-                &Extent {
-                    start,
-                    len,
-                    block,
-                    crcs: now.to_vec(),
-                },
-            )?;
-            start += len;
-        }
-        Ok(())
-    }
-
-    /// Writes private pages to runs of blocks and waits for them.
-    fn write_runs(&self, frames: FrameVec, runs: &[(u64, u64)]) -> Result<(), BlockError> {
-        let latch = Arc::new(Latch::new(runs.len()));
-        let mut lender = frames.lend();
-        let mut plug = self.volume.plug();
-        for &(block, len) in runs {
-            let count = usize::try_from(len).expect("bounded");
-            let ended = Arc::clone(&latch);
-            let end_io = Box::new(move |completion: braidfs_blockdev::Completion| {
-                ended.end(completion.error);
-            });
-            let bytes = count * usize::try_from(PAGE).expect("a page is small");
-            let kiobuf = Kiobuf::new(lender.take(count), 0, bytes, end_io);
-            plug.write(VolBlock(block), kiobuf, Class::Sync);
-        }
-        plug.finish();
-        latch.wait()
-    }
-
     /// Drops a file's pages from `first` on and gives their reservation back.
     pub(crate) fn discard_from(&self, inode: &Inode, first: u64) {
         if let Some(space) = inode.space()
@@ -529,130 +365,4 @@ impl FileSystem {
             self.space.unreserve(space.discard(pages));
         }
     }
-}
-
-/// CRC32C of each page.
-fn checksums(frames: &FrameVec) -> Vec<u32> {
-    let page = usize::try_from(PAGE).expect("a page is small");
-    frames
-        .slices()
-        .flat_map(|slice| slice.chunks(page))
-        .map(crc32c::crc32c)
-        .collect()
-}
-
-/// Waits for a number of completions; keeps the first error.
-struct Latch {
-    state: Mutex<(usize, Option<BlockError>)>,
-    ended: Condvar,
-}
-
-impl Latch {
-    fn new(count: usize) -> Self {
-        Self {
-            state: Mutex::new((count, None)),
-            ended: Condvar::new(),
-        }
-    }
-
-    fn end(&self, error: Option<BlockError>) {
-        let mut state = self.state.lock();
-        state.0 -= 1;
-        state.1 = state.1.or(error);
-        if state.0 == 0 {
-            self.ended.notify_all();
-        }
-    }
-
-    /// Device I/O ends in bounded time, and so does this.
-    fn wait(&self) -> Result<(), BlockError> {
-        let mut state = self.state.lock();
-        while state.0 > 0 {
-            self.ended.wait(&mut state);
-        }
-        state.1.map_or(Ok(()), Err)
-    }
-}
-
-/// A direct read under way.
-struct DirectRead {
-    left: AtomicUsize,
-    error: Mutex<Option<BlockError>>,
-    rest: Mutex<Option<DirectRest>>,
-}
-
-struct DirectRest {
-    lender: braidfs_cache::Lender,
-    map: MapOut,
-    len: usize,
-    volume: Arc<braidfs_blockdev::Volume>,
-    ino: Ino,
-    done: ReadDone,
-    _range: RangeGuard,
-    _epoch: ReadPass,
-}
-
-impl DirectRead {
-    /// One piece ended (or the submission did). The last one verifies and replies.
-    fn end(&self, error: Option<BlockError>) {
-        if let Some(error) = error {
-            self.error.lock().get_or_insert(error);
-        }
-        if self.left.fetch_sub(1, Ordering::AcqRel) > 1 {
-            return;
-        }
-        let Some(rest) = self.rest.lock().take() else {
-            return;
-        };
-        let error = *self.error.lock();
-        rest.finish(error);
-    }
-}
-
-impl DirectRest {
-    fn finish(self, error: Option<BlockError>) {
-        if let Some(error) = error {
-            log::error!("inode {}: direct read: {error}", self.ino);
-            return (self.done)(Err(Errno(error.errno())));
-        }
-        let Some(frames) = self.lender.finish() else {
-            log::error!("inode {}: direct read: pages still lent out", self.ino);
-            return (self.done)(Err(Errno::IO));
-        };
-        if let Some(block) = first_mismatch(&frames, &self.map) {
-            let place = self.volume.locate(block, 0);
-            let (device, at) = place.map_or((String::new(), 0), |(device, at)| {
-                (self.volume.device_name(device), at)
-            });
-            log::error!(
-                "inode {}: block {} on {device} at {at:#x} does not match its checksum",
-                self.ino,
-                block.0
-            );
-            return (self.done)(Err(Errno::IO));
-        }
-        (self.done)(Ok(ReadReply(Pages::Private(frames, self.len))));
-    }
-}
-
-/// The first block whose bytes do not match its checksum.
-fn first_mismatch(frames: &FrameVec, map: &MapOut) -> Option<VolBlock> {
-    let page = usize::try_from(PAGE).expect("a page is small");
-    let mut pages = frames.slices().flat_map(|slice| slice.chunks(page));
-    for segment in &map.segments {
-        for nth in 0..segment.pages.count() {
-            let bytes = pages.next()?;
-            if let SegmentKind::Data {
-                block,
-                crc_index: Some(index),
-            } = segment.kind
-            {
-                let at = index + usize::try_from(nth).expect("bounded");
-                if map.crcs.get(at) != Some(&crc32c::crc32c(bytes)) {
-                    return Some(VolBlock(block.0 + nth));
-                }
-            }
-        }
-    }
-    None
 }

@@ -12,6 +12,7 @@ mod attributes;
 pub mod cli;
 mod commit;
 mod data_backing;
+mod direct;
 mod extent_map;
 mod file;
 mod file_ranges;
