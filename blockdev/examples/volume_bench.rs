@@ -111,7 +111,8 @@ fn main() {
     let stats = volume.stats();
     for device in &stats.devices {
         println!(
-            "{}: write {} requests, mean {} KiB, {} kiobufs each, {} us; read {} requests, mean {} KiB, {} us; most in flight {}",
+            "{}: write {} requests, mean {} KiB, {} kiobufs each, {} us; \
+             read {} requests, mean {} KiB, {} us; most in flight {}",
             device.name,
             device.write.requests,
             device.write.request_bytes.mean() >> 10,

@@ -2,7 +2,8 @@
 //!
 //! Merging two I/Os links their chains, O(1). Splitting walks to the cut and makes two views of the
 //! one kiobuf that straddles it: one more node, whatever the size of the kiobufs. No page vector is
-//! read, copied or changed by either. Cutting front pieces off one after another walks the chain once.
+//! read, copied or changed by either. Cutting front pieces off one after another walks the chain
+//! once.
 //!
 //! Nodes come from per-thread magazines that exchange full ones through a depot (submitters take
 //! nodes, completion threads put them back), so the steady state allocates nothing and locks once

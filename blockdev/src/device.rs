@@ -41,7 +41,8 @@ pub trait BlockDevice: Send + Sync {
         }
     }
 
-    /// Memory that most requests will use (fixed buffers). Best effort, once, before I/O. The memory
+    /// Memory that most requests will use (fixed buffers). Best effort, once, before I/O. The
+    /// memory
     /// stays mapped, and the same pages (no `MADV_DONTNEED` or the like), as long as the device is
     /// open: the kernel pins the pages, piece by piece as they are first used.
     fn register_memory(&self, _arena: PageRun) {}

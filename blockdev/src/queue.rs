@@ -4,7 +4,8 @@
 //! [`PASSED_OVER_MAX`] times in a row. One thread at a time dispatches; others leave their requests
 //! and go on, so a synchronous completion that submits again does not recurse.
 //!
-//! Lock order: `inner` and `flush` are never held together, nor while a device or `end_io` is called.
+//! Lock order: `inner` and `flush` are never held together, nor while a device or `end_io` is
+//! called.
 
 pub(crate) mod backlog;
 mod flush;

@@ -56,7 +56,8 @@ struct Counters {
 struct Durable {
     table: Table,
     generation: u64,
-    /// An update failed half way: which generation the members have is for the next assembly to say.
+    /// An update failed half way: which generation the members have is for the next assembly to
+    /// say.
     failed: Option<BlockError>,
 }
 

@@ -138,7 +138,9 @@ mod tests {
     proptest! {
         /// Blocks handed out are aligned, disjoint and inside; the free count is what is left.
         #[test]
-        fn blocks_never_overlap(steps in prop::collection::vec((0u8..=ORDER_MAX, any::<u16>()), 1..400)) {
+        fn blocks_never_overlap(
+            steps in prop::collection::vec((0u8..=ORDER_MAX, any::<u16>()), 1..400)
+        ) {
             let total = 3 * PAGES_MAX;
             let mut buddy = Buddy::new(total);
             let mut live: Vec<(u32, u8)> = Vec::new();

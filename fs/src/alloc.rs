@@ -424,7 +424,8 @@ impl Allocator {
                 return;
             }
         }
-        // Its group was frozen meanwhile (a write repeated in the background): the next one frees it.
+        // Its group was frozen meanwhile (a write repeated in the background): the next one frees
+        // it.
         inner.pending += len;
         inner.log.freed.push((start, len));
     }
@@ -521,7 +522,9 @@ mod tests {
     proptest! {
         /// The log applied to the table gives the map in memory, whatever the history.
         #[test]
-        fn the_log_brings_the_table_to_the_map(ops in proptest::collection::vec((0u8..4, 1u64..40), 1..60)) {
+        fn the_log_brings_the_table_to_the_map(
+            ops in proptest::collection::vec((0u8..4, 1u64..40), 1..60)
+        ) {
             let db = redb::Database::builder()
                 .create_with_backend(redb::backends::InMemoryBackend::new()).unwrap();
             const T: redb::TableDefinition<'static, u64, u64> = redb::TableDefinition::new("t");

@@ -1,7 +1,9 @@
 //! Labels and chunk tables on the devices: format, update.
 //!
-//! An update to generation g writes the table to slot g % 2 of every member, flushes all, writes the
-//! label to slot g % 2 of every member, flushes all. So a label of generation g on *any* member means
+//! An update to generation g writes the table to slot g % 2 of every member, flushes all, writes
+//! the
+//! label to slot g % 2 of every member, flushes all. So a label of generation g on *any* member
+//! means
 //! that the table of generation g is durable on *every* member, and generation g - 1 is untouched
 //! everywhere until the next update. Hence after a cut anywhere in between, members differ by at
 //! most one generation, and rolling those that lag forward is right: see [`super::elect`].

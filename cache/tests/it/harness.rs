@@ -378,7 +378,8 @@ impl Rig {
         assert_eq!(
             newly_dirty + count(&store.failed),
             dirty + dropped + count(&store.allocated) + count(&store.merged),
-            "newly dirty {newly_dirty} dropped {dropped} dirty {dirty} failed {} allocated {} merged {}",
+            "newly dirty {newly_dirty} dropped {dropped} dirty {dirty}; \
+             failed {} allocated {} merged {}",
             count(&store.failed),
             count(&store.allocated),
             count(&store.merged)

@@ -218,7 +218,7 @@ impl MetaFile {
         if head == Head::default() && !fresh {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                "there is no valid head: formatting did not come to its end, or the head is damaged",
+                "there is no valid head: it is damaged, or formatting did not come to its end",
             ));
         }
         if head.chunk_count as usize > chunks.len() {

@@ -3,7 +3,7 @@
 //! | module | what |
 //! | --- | --- |
 //! | [`records`] | keys and values, encoded and decoded; no I/O |
-//! | [`store`] | the tables: a durable redb snapshot with the open and the committing group over it |
+//! | [`store`] | the tables: a durable snapshot, with the open and the committing group over it |
 //! | [`backend`] | redb's file as one address space on mirrored chunks |
 //! | [`checksums`] | a CRC32C for each block of that file |
 

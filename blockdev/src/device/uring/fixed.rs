@@ -1,7 +1,8 @@
 //! Fixed buffers: the arena registered with a ring, piece by piece, when first used.
 //!
 //! Registering pins (and so allocates) a piece, which would make a mount slow and big if it were
-//! done for the whole arena at once. A request uses a fixed buffer if all its memory lies in one piece.
+//! done for the whole arena at once. A request uses a fixed buffer if all its memory lies in one
+//! piece.
 
 use crate::pages::PageRun;
 use io_uring::IoUring;
