@@ -9,11 +9,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use braidfs_blockdev::{BlockError, Class, Kiobuf, VolBlock};
 use braidfs_cache::{FrameVec, MapOut, PageRange, SegmentKind};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 
 use crate::file::{OpenFile, ReadDone, ReadReply};
 use crate::filesystem::FileSystem;
 use crate::inode::{Inode, PAGE};
+use crate::latch::Latch;
 use crate::meta::records::Extent;
 use crate::range_lock::RangeGuard;
 use crate::txg::ReadPass;
@@ -202,39 +203,6 @@ fn checksums(frames: &FrameVec) -> Vec<u32> {
         .flat_map(|slice| slice.chunks(page))
         .map(crc32c::crc32c)
         .collect()
-}
-
-/// Waits for a number of completions; keeps the first error.
-struct Latch {
-    state: Mutex<(usize, Option<BlockError>)>,
-    ended: Condvar,
-}
-
-impl Latch {
-    fn new(count: usize) -> Self {
-        Self {
-            state: Mutex::new((count, None)),
-            ended: Condvar::new(),
-        }
-    }
-
-    fn end(&self, error: Option<BlockError>) {
-        let mut state = self.state.lock();
-        state.0 -= 1;
-        state.1 = state.1.or(error);
-        if state.0 == 0 {
-            self.ended.notify_all();
-        }
-    }
-
-    /// Device I/O ends in bounded time, and so does this.
-    fn wait(&self) -> Result<(), BlockError> {
-        let mut state = self.state.lock();
-        while state.0 > 0 {
-            self.ended.wait(&mut state);
-        }
-        state.1.map_or(Ok(()), Err)
-    }
 }
 
 /// A direct read under way.

@@ -20,6 +20,7 @@ mod filesystem;
 pub mod fsck;
 pub mod fuse;
 mod inode;
+mod latch;
 mod meta;
 mod namespace;
 mod options;

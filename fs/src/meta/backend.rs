@@ -21,12 +21,17 @@
 use std::io;
 use std::sync::{Arc, OnceLock};
 
-use braidfs_blockdev::{AlignedBuf, BlockError, Chunk, ChunkKind, PAGE_SIZE, VolBlock, Volume};
+use braidfs_blockdev::{
+    AlignedBuf, BlockError, Chunk, ChunkKind, Class, Completion, Kiobuf, PAGE_SIZE, VolBlock,
+    Volume,
+};
 use braidfs_cache::{
     AddressSpace, Backing, Cache, CacheError, MapOut, PageRange, Placement, Segment, SegmentKind,
     SpaceClass,
 };
 use parking_lot::Mutex;
+
+use crate::latch::Latch;
 
 use super::checksums::{self, Area, HEAD_BLOCKS, Known};
 
@@ -308,40 +313,54 @@ impl MetaFile {
         Ok(())
     }
 
-    fn write_areas(&self) -> Result<(), BlockError> {
+    /// Writes the checksum blocks that changed, and the head if it did, all at once.
+    fn write_areas_and_head(&self) -> Result<(), BlockError> {
         let mut state = self.state.lock();
-        let mut first_error = None;
-        for chunk in &mut state.chunks {
+        let mut writes = Vec::new();
+        let mut taken = Vec::new();
+        for (nth, chunk) in state.chunks.iter_mut().enumerate() {
             let Some(area) = chunk.area.as_mut() else {
                 continue;
             };
             for at in area.take_dirty() {
                 let mut buf = AlignedBuf::zeroed(PAGE_SIZE);
                 area.encode_block(at, &mut buf);
-                let block = VolBlock(chunk.start.0 + HEAD_BLOCKS + at);
-                if let Err(error) = self.volume.write_wait(block, buf) {
+                writes.push((VolBlock(chunk.start.0 + HEAD_BLOCKS + at), buf));
+                taken.push((nth, at));
+            }
+        }
+        let mut head = state.head;
+        head.chunk_count = u32::try_from(state.chunks.len()).unwrap_or(u32::MAX);
+        if state.head_dirty || state.head.chunk_count != head.chunk_count {
+            head.sequence += 1;
+            let block = VolBlock(state.chunks[0].start.0 + head.sequence % HEAD_BLOCKS);
+            writes.push((block, head.encode()));
+        }
+        let written = self.write_all(writes);
+        if written.is_ok() {
+            state.head = head;
+            state.head_dirty = false;
+        } else {
+            for (nth, at) in taken {
+                if let Some(area) = state.chunks[nth].area.as_mut() {
                     area.set_dirty(at);
-                    first_error.get_or_insert(error);
                 }
             }
         }
-        first_error.map_or(Ok(()), Err)
+        written
     }
 
-    fn write_head(&self) -> Result<(), BlockError> {
-        let mut state = self.state.lock();
-        let chunk_count = u32::try_from(state.chunks.len()).unwrap_or(u32::MAX);
-        if !state.head_dirty && state.head.chunk_count == chunk_count {
-            return Ok(());
+    fn write_all(&self, writes: Vec<(VolBlock, AlignedBuf)>) -> Result<(), BlockError> {
+        let latch = Arc::new(Latch::new(writes.len()));
+        let mut plug = self.volume.plug();
+        for (block, buf) in writes {
+            let ended = Arc::clone(&latch);
+            let end_io = Box::new(move |done: Completion| ended.end(done.error));
+            let kiobuf = Kiobuf::new(Box::new(buf), 0, PAGE_SIZE, end_io);
+            plug.write(block, kiobuf, Class::Sync);
         }
-        let mut head = state.head;
-        head.sequence += 1;
-        head.chunk_count = chunk_count;
-        let block = VolBlock(state.chunks[0].start.0 + head.sequence % HEAD_BLOCKS);
-        self.volume.write_wait(block, head.encode())?;
-        state.head = head;
-        state.head_dirty = false;
-        Ok(())
+        plug.finish();
+        latch.wait()
     }
 
     /// The last call: what is in memory and may not be written (a read-only mount's recovery) is
@@ -358,14 +377,8 @@ impl MetaFile {
         if self.read_only {
             return Ok(());
         }
-        self.space()
-            .flush(PageRange {
-                start: 0,
-                end: u64::MAX / PAGE_SIZE as u64,
-            })
-            .map_err(io_error)?;
-        self.write_areas().map_err(block_error)?;
-        self.write_head().map_err(block_error)?;
+        self.space().flush(PageRange::ALL).map_err(io_error)?;
+        self.write_areas_and_head().map_err(block_error)?;
         self.volume.flush_wait().map_err(block_error)
     }
 }
@@ -532,8 +545,13 @@ impl Backing for MetaBacking {
         if let Some(chunk) = chunk
             && let Some(area) = chunk.area.as_mut()
         {
-            for (index, &crc) in (start - chunk.first_page..).zip(crcs) {
-                area.set(index, Some(crc));
+            let first_page = chunk.first_page;
+            for (index, &crc) in (start - first_page..).zip(crcs) {
+                // redb's header is written twice in a commit and not verified by us.
+                let is_header = first_page + index == 0;
+                if !is_header || area.known(index) == Known::Nothing {
+                    area.set(index, Some(crc));
+                }
             }
         }
     }
