@@ -33,6 +33,16 @@ fn decode(ino: Ino, key: &[u8], value: &[u8]) -> Result<Extent, Errno> {
 impl ExtentMap<'_> {
     /// All extents that have blocks in `from..to`, whole, in order.
     pub(crate) fn overlapping(&self, from: u64, to: u64) -> Result<Vec<Extent>, Errno> {
+        self.first_overlapping(from, to, usize::MAX)
+    }
+
+    /// The first extents, `count` at the most, that have blocks in `from..to`, whole, in order.
+    pub(crate) fn first_overlapping(
+        &self,
+        from: u64,
+        to: u64,
+        count: usize,
+    ) -> Result<Vec<Extent>, Errno> {
         let mut found = Vec::new();
         let (low, at) = (pair_key(self.ino, 0), pair_key(self.ino, from));
         if let Some((key, value)) = self.store.last_at_most(Table::Extents, &low, &at)? {
@@ -46,13 +56,16 @@ impl ExtentMap<'_> {
             pair_key(self.ino, from.saturating_add(1)),
             pair_key(self.ino, to),
         );
+        if found.len() >= count {
+            return Ok(found);
+        }
         self.store
             .scan(Table::Extents, &next, &end, &mut |key, value| {
                 match decode(self.ino, key, value) {
                     Ok(extent) => found.push(extent),
                     Err(error) => bad = Some(error),
                 }
-                bad.is_none()
+                bad.is_none() && found.len() < count
             })?;
         bad.map_or(Ok(found), Err)
     }

@@ -13,6 +13,9 @@ use crate::{Errno, FILE_SIZE_MAX, WriteFlags};
 /// Longest unwritten extent, in blocks (128 GiB).
 const UNWRITTEN_BLOCKS_MAX: u64 = 1 << 25;
 
+/// Extents that one step of a seek looks at.
+const SEEK_BATCH: usize = 64;
+
 /// Blocks that one step of a preallocation reserves.
 const STEP_BLOCKS: u64 = 1 << 16;
 
@@ -171,34 +174,27 @@ impl FileSystem {
             _ => return Err(Errno::INVAL),
         };
         let (mut at, end) = (offset / PAGE, size.div_ceil(PAGE));
+        let place = |at: u64| (at * PAGE).max(offset);
         let _map = inode.map.read();
         let extents = self.extents(inode.ino);
         while at < end {
-            let upto = end.min(at + STEP_BLOCKS);
-            for extent in extents
-                .overlapping(at, upto)?
-                .iter()
-                .filter(|e| !e.unwritten())
-            {
-                if extent.start > at && !want_data {
-                    return Ok((at * PAGE).max(offset));
+            let batch = extents.first_overlapping(at, end, SEEK_BATCH)?;
+            for extent in &batch {
+                let is_hole = extent.start > at || extent.unwritten();
+                match (want_data, is_hole) {
+                    (false, true) => return Ok(place(at)),
+                    (true, _) if !extent.unwritten() => return Ok(place(extent.start.max(at))),
+                    _ => at = extent.end(),
                 }
-                if want_data {
-                    return Ok((extent.start.max(at) * PAGE).max(offset));
-                }
-                at = extent.end();
             }
-            if at < upto {
-                if !want_data {
-                    return Ok((at * PAGE).max(offset));
-                }
-                at = upto;
+            if batch.len() < SEEK_BATCH {
+                break;
             }
         }
-        if want_data {
-            Err(Errno::NXIO)
-        } else {
-            Ok(size)
+        match (want_data, at < end) {
+            (true, _) => Err(Errno::NXIO),
+            (false, true) => Ok(place(at)),
+            (false, false) => Ok(size),
         }
     }
 

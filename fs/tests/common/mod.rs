@@ -1,6 +1,10 @@
 //! A file system on simulated devices, driven without a mount.
 #![allow(dead_code, missing_docs, reason = "each test file uses a part of it")]
 
+pub mod model;
+pub mod record;
+pub mod world;
+
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
@@ -57,11 +61,15 @@ fn members(devices: &[Arc<SimDevice>]) -> Vec<Arc<dyn BlockDevice>> {
 }
 
 pub fn format(devices: &[Arc<SimDevice>]) {
+    format_members(members(devices));
+}
+
+pub fn format_members(members: Vec<Arc<dyn BlockDevice>>) {
     let options = FormatOptions {
         stripe_unit_bytes: 64 << 10,
         ..FormatOptions::default()
     };
-    let volume = Volume::format(members(devices), &options).expect("format");
+    let volume = Volume::format(members, &options).expect("format");
     braidfs::format(volume).expect("make the file system");
 }
 
@@ -74,7 +82,11 @@ pub fn options() -> MountOptions {
 }
 
 pub fn mount_with(devices: &[Arc<SimDevice>], options: MountOptions) -> Arc<FileSystem> {
-    let volume = Volume::assemble(members(devices), options.read_only).expect("assemble");
+    mount_members(members(devices), options)
+}
+
+pub fn mount_members(members: Vec<Arc<dyn BlockDevice>>, options: MountOptions) -> Arc<FileSystem> {
+    let volume = Volume::assemble(members, options.read_only).expect("assemble");
     FileSystem::mount(volume, options).expect("mount")
 }
 
@@ -131,7 +143,7 @@ pub fn try_read(
 ) -> Result<Vec<u8>, Errno> {
     let (sender, receiver) = sync_channel(1);
     let done = Box::new(move |result: Result<braidfs::ReadReply, Errno>| {
-        let bytes = result.map(|reply| reply.slices().flatten().copied().collect::<Vec<u8>>());
+        let bytes = result.map(|reply| reply.slices().collect::<Vec<_>>().concat());
         sender.send(bytes).expect("the test waits");
     });
     fs.read(file, offset, len, direct, done);

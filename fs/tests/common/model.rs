@@ -422,7 +422,13 @@ impl Model {
     }
 
     /// Returns false if both names were the same inode, and nothing happened.
-    pub fn rename(&mut self, plan: &RenamePlan, from: (Ino, &[u8]), to: (Ino, &[u8]), swap: bool) -> bool {
+    pub fn rename(
+        &mut self,
+        plan: &RenamePlan,
+        from: (Ino, &[u8]),
+        to: (Ino, &[u8]),
+        swap: bool,
+    ) -> bool {
         if plan.target == Some(plan.source) {
             return false;
         }

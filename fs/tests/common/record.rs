@@ -63,7 +63,11 @@ impl Recorder {
     }
 
     pub fn mark(&self, number: u64) {
-        self.log.lock().borrow_mut().events.push(Event::Mark(number));
+        self.log
+            .lock()
+            .borrow_mut()
+            .events
+            .push(Event::Mark(number));
     }
 
     pub fn events(&self) -> Vec<Event> {
