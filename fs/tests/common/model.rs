@@ -330,6 +330,9 @@ impl Model {
 
     /// Removes one name; `as_dir` for rmdir.
     pub fn remove(&mut self, dir: Ino, name: &[u8], as_dir: bool) -> Result<(), Errno> {
+        if name.len() > 255 {
+            return Err(Errno::NAMETOOLONG);
+        }
         let ino = self.find(dir, name)?.ok_or(Errno::NOENT)?;
         match (&self.node(ino).body, as_dir) {
             (Body::Dir { .. }, false) => return Err(Errno::ISDIR),

@@ -281,7 +281,7 @@ impl World {
             _ => false,
         };
         let as_dir = is_dir != self.rng.one_in(10);
-        let shown = String::from_utf8_lossy(&name).into_owned();
+        let shown = String::from_utf8_lossy(&name[..name.len().min(9)]).into_owned();
         self.say(format_args!("remove {shown} of {dir}, rmdir: {as_dir}"));
         let found = if as_dir {
             self.fs.rmdir(dir, &name)
