@@ -33,6 +33,9 @@ const PREPARE_ROUNDS_MAX: usize = 3;
 /// An open group larger than this is committed before its time.
 const GROUP_BYTES_MAX: usize = 32 << 20;
 
+/// How often inodes that nothing holds are let go of: it looks at all that are in memory.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
+
 #[derive(Default)]
 struct State {
     /// Commits whose gate has been closed (counted just before).
@@ -173,6 +176,7 @@ impl FileSystem {
     /// The committing thread.
     pub(crate) fn run_commits(&self) {
         let committer = &self.committer;
+        let mut swept = Instant::now();
         loop {
             let deadline = Instant::now() + self.options.commit_interval;
             let mut state = committer.state.lock();
@@ -195,7 +199,10 @@ impl FileSystem {
             } else {
                 self.end_empty();
             }
-            self.inodes.sweep();
+            if swept.elapsed() >= SWEEP_INTERVAL {
+                self.inodes.sweep();
+                swept = Instant::now();
+            }
         }
     }
 
