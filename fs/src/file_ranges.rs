@@ -162,10 +162,8 @@ impl FileSystem {
         if offset >= size {
             return Err(Errno::NXIO);
         }
-        if let Some(space) = inode.space()
-            && space.dirty_page_count() > 0
-        {
-            // Dirty pages have no extents yet; give them some.
+        if let Some(space) = inode.space() {
+            // Neither dirty pages nor those under writeback have extents yet: wait for both.
             space.flush(PageRange::ALL).map_err(errno)?;
         }
         let want_data = match whence {

@@ -84,6 +84,9 @@ impl Inode {
                 let full = attr.size.div_ceil(PAGE) * (PAGE / 512);
                 let with_dirty = attr.blocks + dirty * (PAGE / 512);
                 attr.blocks = attr.blocks.max(with_dirty.min(full));
+            } else if attr.blocks == 0 && space.next_cached_dirty(0).is_some() {
+                // All of it is under writeback: "no blocks" would read as "only zeros".
+                attr.blocks = PAGE / 512;
             }
         }
         attr

@@ -155,6 +155,7 @@ pub const LOSSES: [Loss; 5] = [
 ];
 
 /// The devices at one point of the record.
+#[derive(Clone)]
 pub struct Replay {
     sizes: Vec<usize>,
     states: Vec<DeviceState>,

@@ -1,0 +1,244 @@
+//! Power cuts and failing devices, without a mount, on simulated devices.
+//!
+//! A random workload runs on devices that record every write and flush. Then, for points of that
+//! record, the devices are made as a power cut there may have left them, and mounted. What is
+//! found must be the state after some operation of the history, whole: names, attributes and
+//! every byte; not older than what fsync or sync promised; and sound.
+//!
+//! `SEED=n` repeats one workload, `OPS=n` sets its length, `STATES=n` the number of power cuts.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use braidfs::{MountOptions, ROOT_INO};
+use braidfs_blockdev::SimDevice;
+use common::model::{Dump, Rng};
+use common::record::{Event, LOSSES, Recorder, Replay};
+use common::world::{Done, Limits, World, dump};
+use common::*;
+
+fn number(name: &str) -> Option<u64> {
+    let value = std::env::var(name).ok()?;
+    Some(value.parse().expect("a number"))
+}
+
+fn small_cache() -> MountOptions {
+    MountOptions {
+        cache_bytes: braidfs::CACHE_BYTES_MIN,
+        ..options()
+    }
+}
+
+/// A workload that ran: what reached the devices in which order, and what the tree was after
+/// each operation.
+struct History {
+    base: Replay,
+    events: Vec<Event>,
+    /// After operation n, from 0.
+    dumps: Vec<Dump>,
+    /// No state older than this may be found once operation n had ended.
+    durable: Vec<u64>,
+}
+
+fn record(seed: u64, ops: u64) -> History {
+    let devices = devices(1 + seed as usize % 3, 20 << 20);
+    format(&devices);
+    let base = Replay::new(&devices);
+    let recorder = Recorder::new(&devices);
+    let fs = mount_members(recorder.members(), small_cache());
+    let limits = Limits {
+        size: 150 << 10,
+        io: 100 << 10,
+        total: 3 << 20,
+        names: 6,
+        wide: false,
+        sync_every: 12,
+    };
+    let mut world = World::new(fs, seed, limits);
+    let mut history = History {
+        base,
+        events: Vec::new(),
+        dumps: vec![world.model.dump()],
+        durable: vec![0],
+    };
+    recorder.mark(0);
+    for now in 1..=ops {
+        let done = world.step();
+        let former = history.durable.last().copied().unwrap_or(0);
+        history.durable.push(match done {
+            Done::Plain => former,
+            Done::Synced => now,
+            Done::FileSynced(ino) => former.max(world.model.node(ino).changed),
+        });
+        history.dumps.push(world.model.dump());
+        recorder.mark(now);
+    }
+    world.handles.clear();
+    world.fs.unmount().expect("unmount");
+    history.events = recorder.events();
+    history
+}
+
+/// The devices after a power cut, and what may be found on them.
+struct State {
+    wrecks: Vec<Arc<SimDevice>>,
+    /// The oldest and the youngest state that may be found.
+    range: (u64, u64),
+    /// For the message.
+    what: String,
+    /// Go on working on it, too.
+    thorough: bool,
+}
+
+fn check_state(history: &History, state: &State) {
+    let (oldest, youngest) = state.range;
+    check(&state.wrecks);
+    let recorder = Recorder::new(&state.wrecks);
+    let base = state.thorough.then(|| Replay::new(&state.wrecks));
+    let fs = mount_members(recorder.members(), small_cache());
+    let found = dump(&fs);
+    let is_found = |n: &u64| history.dumps[*n as usize] == found;
+    let Some(at) = (oldest..=youngest).rev().find(is_found) else {
+        let elsewhere = (0..history.dumps.len() as u64).find(is_found);
+        let differences: Vec<_> = (oldest..=youngest)
+            .rev()
+            .take(3)
+            .map(|n| (n, history.dumps[n as usize].differences(&found)))
+            .collect();
+        panic!(
+            "{}: no state of operations {oldest}..={youngest} was found (but that of \
+             {elsewhere:?}); against the youngest: {differences:#?}",
+            state.what
+        );
+    };
+    if let Some(mut base) = base {
+        let file = create(&fs, ROOT_INO, "after");
+        let bytes = Rng(at).bytes(70_000);
+        write(&fs, &file, 0, &bytes);
+        fs.fsync(&file, false).expect("fsync");
+        assert_eq!(read(&fs, &file, 0, bytes.len() + 1), bytes);
+        fs.unlink(ROOT_INO, b"after").expect("unlink");
+        fs.release(&file);
+        fs.forget(file.ino(), 1);
+        fs.unmount().expect("unmount");
+        assert_eq!(check(&state.wrecks).orphans, 0);
+        // The power fails once more, while the mount after the first cut is at work.
+        let events = recorder.events();
+        let mut rng = Rng(at);
+        let end = rng.below(events.len() as u64 + 1) as usize;
+        for event in &events[..end] {
+            base.step(event);
+        }
+        let again = base.wreck(*rng.pick(&LOSSES), at);
+        check(&again);
+        let fs = mount_with(&again, small_cache());
+        let mut now = dump(&fs);
+        now.0.remove(&file.ino());
+        if let Some(root) = now.0.get_mut(&ROOT_INO) {
+            root.entries.remove(&b"after"[..]);
+        }
+        let differences = found.differences(&now);
+        assert!(differences.is_empty(), "{}: {differences:#?}", state.what);
+        fs.unmount().expect("unmount");
+        check(&again);
+    } else {
+        fs.unmount().expect("unmount");
+    }
+}
+
+/// Checks states as they come; returns how many.
+fn check_states(history: &History, states: &Mutex<Receiver<State>>, failed: &AtomicBool) -> usize {
+    struct Told<'a>(&'a AtomicBool);
+    impl Drop for Told<'_> {
+        fn drop(&mut self) {
+            if std::thread::panicking() {
+                self.0.store(true, Ordering::SeqCst);
+            }
+        }
+    }
+    let mut count = 0;
+    loop {
+        let next = states.lock().expect("nobody panics with it").recv();
+        let Ok(state) = next else { return count };
+        let _told = Told(failed);
+        check_state(history, &state);
+        count += 1;
+    }
+}
+
+fn cut_everywhere(seed: u64, ops: u64, states_wanted: u64) -> usize {
+    let history = record(seed, ops);
+    let points = history.events.iter();
+    let points = points.filter(|event| !matches!(event, Event::Mark(_)));
+    let points = points.count() as u64;
+    let (sender, receiver) = sync_channel(4);
+    let receiver = Mutex::new(receiver);
+    let failed = AtomicBool::new(false);
+    let total = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let count = check_states(&history, &receiver, &failed);
+                total.fetch_add(count, Ordering::SeqCst);
+            });
+        }
+        let mut rng = Rng(seed);
+        let mut replay = history.base.clone();
+        let (mut ended, mut made) = (0, 0);
+        for (nth, event) in history.events.iter().enumerate() {
+            replay.step(event);
+            if let Event::Mark(number) = event {
+                ended = *number;
+                continue;
+            }
+            // At a few points all kinds of loss, at the others one of them or none.
+            let losses = match rng.below(points) {
+                drawn if drawn < states_wanted / 10 => &LOSSES[..],
+                drawn if drawn < states_wanted => std::slice::from_ref(rng.pick(&LOSSES)),
+                _ => &[],
+            };
+            for &loss in losses {
+                if failed.load(Ordering::SeqCst) {
+                    return drop(sender);
+                }
+                let youngest = (ended + 1).min(ops);
+                let state = State {
+                    wrecks: replay.wreck(loss, rng.next()),
+                    range: (history.durable[ended as usize], youngest),
+                    what: format!("SEED={seed}: cut after event {nth}, {loss:?}"),
+                    thorough: made % 8 == 0,
+                };
+                made += 1;
+                if sender.send(state).is_err() {
+                    return;
+                }
+            }
+        }
+        drop(sender);
+    });
+    total.load(Ordering::SeqCst)
+}
+
+#[test]
+fn after_a_power_cut_anywhere_a_prefix_of_the_history_is_there() {
+    let began = Instant::now();
+    let (ops, states) = (
+        number("OPS").unwrap_or(400),
+        number("STATES").unwrap_or(250),
+    );
+    let seeds = match number("SEED") {
+        Some(seed) => seed..seed + 1,
+        None => 1..1 + number("RUNS").unwrap_or(9),
+    };
+    let runs = seeds.end - seeds.start;
+    let total: usize = seeds.map(|seed| cut_everywhere(seed, ops, states)).sum();
+    println!(
+        "{total} power cuts in {runs} workloads, {:?}",
+        began.elapsed()
+    );
+}
