@@ -86,12 +86,6 @@ impl RunSet {
         self.blocks -= len;
     }
 
-    /// Whether all of `len` blocks at `start` are in the set.
-    fn contains(&self, start: u64, len: u64) -> bool {
-        let inside = self.runs.range(..=start).next_back();
-        inside.is_some_and(|(run, run_len)| start + len <= run + run_len)
-    }
-
     pub(crate) fn blocks(&self) -> u64 {
         self.blocks
     }
@@ -385,8 +379,6 @@ impl Allocator {
             let (start, len) = find_run(&inner.free, cursor, wanted);
             let len = len.min(blocks);
             inner.free.take(start, len);
-            let fresh = inner.log.allocated.insert(start, len);
-            assert!(fresh, "a block is handed out once between two commits");
             inner.cursor = start + len;
             blocks -= len;
             out.push((start, len));
@@ -417,17 +409,18 @@ impl Allocator {
     /// Takes an allocation back that never got mapped (its write failed) and reserves it again.
     pub(crate) fn unallocate(&self, start: u64, len: u64) {
         let mut inner = self.inner.lock();
-        inner.reserved += len;
-        if inner.log.allocated.contains(start, len) {
-            inner.log.allocated.take(start, len);
-            if inner.free.insert(start, len) {
-                return;
-            }
+        if inner.free.insert(start, len) {
+            inner.reserved += len;
+        } else {
+            log::error!("blocks {start}+{len} were handed out while they were free");
         }
-        // Its group was frozen meanwhile (a write repeated in the background): the next one frees
-        // it.
-        inner.pending += len;
-        inner.log.freed.push((start, len));
+    }
+
+    /// Blocks that were handed out are in an extent now, in the open group. Until then the durable
+    /// state has them as free, whatever becomes of the write.
+    pub(crate) fn note_mapped(&self, start: u64, len: u64) {
+        let fresh = self.inner.lock().log.allocated.insert(start, len);
+        assert!(fresh, "a block is handed out once between two commits");
     }
 
     /// Ends the group: what follows belongs to the next one.

@@ -99,26 +99,51 @@ impl FileSystem {
             let pass = self.gate.enter();
             let now = inode.state.lock().attr.size;
             let step = if size < now {
-                self.step_size(inode, size)?
+                self.step_size(inode, size)
             } else {
-                size
+                Ok(size)
             };
-            if step > size && !stepped {
-                let row = Orphan::Truncate(size).encode();
-                self.store.put(Table::Orphans, &ino_key(inode.ino), &row);
-                stepped = true;
-            }
-            let tail_used = self.set_size(inode, step);
-            if step == size && stepped {
-                self.store.delete(Table::Orphans, &ino_key(inode.ino));
-            }
+            let mut tail_used = 0;
+            let done = step.and_then(|step| {
+                if step > size && !stepped {
+                    self.note_truncation(inode, Some(size));
+                    stepped = true;
+                }
+                if step > size && step > now {
+                    // Only what is set aside behind the end of file, for now.
+                    let _range = inode.ranges.exclusive(now / PAGE * PAGE, u64::MAX);
+                    self.remove_blocks(inode, step / PAGE, u64::MAX >> 12)?;
+                    self.mark_dirty(inode);
+                    return Ok(false);
+                }
+                self.set_size(inode, step, &mut tail_used)?;
+                if step == size && stepped {
+                    self.note_truncation(inode, None);
+                }
+                Ok(step == size)
+            });
             drop(pass);
-            self.space
-                .unreserve(tail - tail_used.as_ref().copied().unwrap_or(0).min(tail));
-            tail_used?;
-            if step == size {
+            self.space.unreserve(tail - tail_used.min(tail));
+            if done? {
                 return Ok(());
             }
+        }
+    }
+
+    /// Sets or removes the row that names the goal of a truncation in steps. An inode without a
+    /// name has another row there, which says that it is to be deleted, and which stays.
+    fn note_truncation(&self, inode: &Inode, goal: Option<u64>) {
+        let state = inode.state.lock();
+        if state.attr.nlink == 0 {
+            return;
+        }
+        let key = ino_key(inode.ino);
+        match goal {
+            Some(size) => {
+                let row = Orphan::Truncate(size).encode();
+                self.store.put(Table::Orphans, &key, &row);
+            }
+            None => self.store.delete(Table::Orphans, &key),
         }
     }
 
@@ -136,19 +161,14 @@ impl FileSystem {
         Ok((at + 1) * PAGE)
     }
 
-    /// Sets the size in one go. Returns how many blocks of the caller's reservation dirty pages
-    /// now hold. The caller holds a pass.
-    fn set_size(&self, inode: &Arc<Inode>, size: u64) -> Result<u64, Errno> {
+    /// Sets the size in one go. Counts in `used` how many blocks of the caller's reservation dirty
+    /// pages now hold. The caller holds a pass.
+    fn set_size(&self, inode: &Arc<Inode>, size: u64, used: &mut u64) -> Result<(), Errno> {
         let _range = inode.ranges.exclusive(size / PAGE * PAGE, u64::MAX);
         let old = inode.state.lock().attr.size;
-        let mut used = 0;
         if size < old {
             if !size.is_multiple_of(PAGE) {
-                let tail = PAGE - size % PAGE;
-                used = match self.pages(inode).zero(size, tail) {
-                    Ok(outcome) => outcome.newly_dirty_pages,
-                    Err((error, _)) => return Err(crate::file::errno(error)),
-                };
+                self.zero(inode, size, PAGE - size % PAGE, used)?;
             }
             inode.state.lock().attr.size = size;
             self.remove_blocks(inode, size.div_ceil(PAGE), u64::MAX >> 12)?;
@@ -161,7 +181,23 @@ impl FileSystem {
             state.attr.ctime = now;
         }
         self.mark_dirty(inode);
-        Ok(used)
+        Ok(())
+    }
+
+    /// Sets bytes to zero in the cache. Counts in `used` the pages that became dirty.
+    pub(crate) fn zero(
+        &self,
+        inode: &Arc<Inode>,
+        offset: u64,
+        len: u64,
+        used: &mut u64,
+    ) -> Result<(), Errno> {
+        let (outcome, error) = match self.pages(inode).zero(offset, len) {
+            Ok(outcome) => (outcome, None),
+            Err((error, outcome)) => (outcome, Some(error)),
+        };
+        *used += outcome.newly_dirty_pages;
+        error.map_or(Ok(()), |error| Err(crate::file::errno(error)))
     }
 
     /// Unmaps file blocks `from..to` and drops their pages. The caller holds a pass and the range

@@ -143,6 +143,9 @@ impl FileSystem {
         while state.ended < mine && !state.stop {
             committer.changed.wait(&mut state);
         }
+        if state.ended < mine {
+            return Err(Errno::IO);
+        }
         drop(state);
         if self.failed.load(Ordering::SeqCst) {
             Err(Errno::IO)
@@ -239,6 +242,9 @@ impl FileSystem {
         let closing = Instant::now();
         self.gate.close();
         self.cache.flush_all(SpaceClass::Data);
+        // A write that failed and is repeated in the background may end at any time: as a whole
+        // before the group is frozen, or after.
+        let mapping = self.mapping.write();
         let changed = self.is_changed();
         if changed {
             self.encode_dirty();
@@ -247,6 +253,7 @@ impl FileSystem {
         let log = self.space.freeze();
         self.store.freeze();
         let group = self.committer.open_group.fetch_add(1, Ordering::SeqCst) + 1;
+        drop(mapping);
         self.gate.open();
         let gate_us = micros(closing.elapsed());
 

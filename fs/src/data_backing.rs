@@ -44,10 +44,12 @@ impl FileSystem {
         inode: &Arc<Inode>,
         extent: &Extent,
     ) -> Result<(), crate::Errno> {
+        let _whole = self.mapping.read();
         let replaced = {
             let _map = inode.map.write();
             self.extents(inode.ino).replace(extent)?
         };
+        self.space.note_mapped(extent.block, extent.len);
         {
             let mut state = inode.state.lock();
             let blocks = state.attr.blocks + extent.len * (PAGE / 512);
@@ -141,6 +143,11 @@ impl Backing for DataBacking {
         if let Err(error) = mapped {
             if result.is_err() {
                 fs.space.unallocate(placement.block.0, len);
+                // It is not durable before a group that is yet to be opened: the next write-back
+                // goes into that one at the earliest.
+                let later = fs.committer.open_group() + 1;
+                let order = std::sync::atomic::Ordering::SeqCst;
+                inode.changed_in.fetch_max(later, order);
             } else {
                 // The data is there but cannot be found: nothing may be called durable any more.
                 fs.failed.store(true, std::sync::atomic::Ordering::SeqCst);

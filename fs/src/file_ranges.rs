@@ -107,6 +107,7 @@ impl FileSystem {
                         block,
                         crcs: Vec::new(),
                     })?;
+                    self.space.note_mapped(block, len);
                     (start, block, left) = (start + len, block + len, left - len);
                 }
             }
@@ -120,39 +121,42 @@ impl FileSystem {
         const EDGES: u64 = 2;
         self.balance_group()?;
         self.reserve(EDGES)?;
-        let used = {
+        let mut used = 0;
+        let punched = {
             let _pass = self.gate.enter();
             let _range = inode
                 .ranges
                 .exclusive(offset / PAGE * PAGE, end.next_multiple_of(PAGE));
-            self.punch_locked(inode, offset, end)
+            self.punch_locked(inode, offset, end, &mut used)
         };
-        self.space
-            .unreserve(EDGES - used.as_ref().copied().unwrap_or(0).min(EDGES));
-        used.map(|_| ())
+        self.space.unreserve(EDGES - used.min(EDGES));
+        punched
     }
 
-    fn punch_locked(&self, inode: &Arc<Inode>, offset: u64, end: u64) -> Result<u64, Errno> {
+    fn punch_locked(
+        &self,
+        inode: &Arc<Inode>,
+        offset: u64,
+        end: u64,
+        used: &mut u64,
+    ) -> Result<(), Errno> {
         let size = inode.state.lock().attr.size;
-        let space = self.pages(inode);
-        let zero = |from: u64, to: u64| {
+        let mut zero = |from: u64, to: u64| {
             // Behind the end of file everything is zero already.
             if from >= to || from >= size {
-                return Ok(0);
+                return Ok(());
             }
-            match space.zero(from, to - from) {
-                Ok(outcome) => Ok(outcome.newly_dirty_pages),
-                Err((error, _)) => Err(errno(error)),
-            }
+            self.zero(inode, from, to - from, used)
         };
         let (first, last) = (offset.next_multiple_of(PAGE), end / PAGE * PAGE);
         if first > last {
             return zero(offset, end);
         }
-        let used = zero(offset, first)? + zero(last, end)?;
+        zero(offset, first)?;
+        zero(last, end)?;
         self.remove_blocks(inode, first / PAGE, last / PAGE)?;
         self.mark_dirty(inode);
-        Ok(used)
+        Ok(())
     }
 
     /// lseek(2) with SEEK_DATA or SEEK_HOLE, exact to the block.

@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 
 use braidfs_blockdev::Volume;
 use braidfs_cache::{Cache, CacheConfig};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 
 use crate::alloc::{Allocator, SpaceStats};
 use crate::commit::{Committer, TxgStats};
@@ -70,6 +70,8 @@ pub struct FileSystem {
     pub(crate) inode_count: AtomicU64,
     /// Held to move a directory to another parent, so that no loop can arise.
     pub(crate) rename: Mutex<()>,
+    /// Held shared while written blocks are mapped, exclusively while a group is frozen.
+    pub(crate) mapping: RwLock<()>,
     pub(crate) committer: Committer,
     pub(crate) reclaimer: Reclaimer,
     /// A commit failed: nothing may change any more.
@@ -202,6 +204,7 @@ impl FileSystem {
             next_ino: AtomicU64::new(next_ino.max(ROOT_INO + 1)),
             inode_count: AtomicU64::new(inode_count),
             rename: Mutex::default(),
+            mapping: RwLock::default(),
             committer: Committer::default(),
             reclaimer: Reclaimer::default(),
             failed: AtomicBool::new(false),
@@ -252,7 +255,7 @@ impl FileSystem {
         let committed = if self.options.read_only {
             Ok(())
         } else {
-            self.commit_now()
+            self.commit_now().and(self.check_all_written())
         };
         self.committer.stop();
         let stored = self.close_metadata();
@@ -262,6 +265,16 @@ impl FileSystem {
             Errno(error.errno())
         });
         committed.and(stored).and(closed)
+    }
+
+    fn check_all_written(&self) -> Result<(), Errno> {
+        match self.cache.dirty_bytes() {
+            0 => Ok(()),
+            bytes => {
+                log::error!("{bytes} bytes of data could not be written and are lost");
+                Err(Errno::IO)
+            }
+        }
     }
 
     /// redb writes once more when it is closed; then nothing may be left in memory.
@@ -312,9 +325,8 @@ impl FileSystem {
     /// Puts the inode on the list of those whose record the next freeze writes. The caller holds
     /// a pass of the gate.
     pub(crate) fn mark_dirty(&self, inode: &Arc<Inode>) {
-        inode
-            .changed_in
-            .store(self.committer.open_group(), Ordering::SeqCst);
+        let group = self.committer.open_group();
+        inode.changed_in.fetch_max(group, Ordering::SeqCst);
         if !inode.queued.swap(true, Ordering::SeqCst) {
             self.dirty.lock().push(Arc::clone(inode));
         }

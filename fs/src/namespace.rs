@@ -370,16 +370,32 @@ impl FileSystem {
         if self.entry(&dir, name)?.is_some() {
             return Err(Errno::EXIST);
         }
+        {
+            // Its other names are in directories that may not be locked: count before there is one
+            // more, and not from 0.
+            let mut state = inode.state.lock();
+            if state.attr.nlink == 0 {
+                return Err(Errno::NOENT);
+            }
+            state.attr.nlink += 1;
+            state.attr.ctime = Timestamp::now();
+        }
+        self.mark_dirty(&inode);
         self.insert_entry(&dir, name, ino, dt_of_mode(attr.mode));
-        self.add_links(&inode, 1);
         inode.lookups.fetch_add(1, Ordering::SeqCst);
         Ok(inode.attr())
     }
 
     /// One name of `inode` is gone.
     fn drop_link(&self, inode: &Arc<Inode>) {
-        self.add_links(inode, -1);
-        if inode.state.lock().attr.nlink == 0 {
+        let left = {
+            let mut state = inode.state.lock();
+            state.attr.nlink = state.attr.nlink.saturating_sub(1);
+            state.attr.ctime = Timestamp::now();
+            state.attr.nlink
+        };
+        self.mark_dirty(inode);
+        if left == 0 {
             self.make_orphan(inode);
         }
     }
@@ -443,7 +459,7 @@ impl FileSystem {
     /// Whether `ancestor` is `dir` or above it. The caller holds `rename`.
     fn is_ancestor(&self, ancestor: Ino, dir: &Arc<Inode>) -> Result<bool, Errno> {
         let mut at = dir.ino;
-        loop {
+        for _ in 0..=self.inode_count.load(Ordering::SeqCst) {
             if at == ancestor {
                 return Ok(true);
             }
@@ -452,6 +468,11 @@ impl FileSystem {
             }
             at = self.inode(at)?.state.lock().parent;
         }
+        log::error!(
+            "directory {} does not lead to the root; run 'braidfs fsck -n'",
+            dir.ino
+        );
+        Err(Errno::IO)
     }
 
     /// Renames. `flags`: RENAME_NOREPLACE, RENAME_EXCHANGE or RENAME_WHITEOUT.

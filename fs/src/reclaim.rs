@@ -157,8 +157,10 @@ impl FileSystem {
             match orphan {
                 Some(Orphan::Delete) => self.reclaimer.push(ino),
                 Some(Orphan::Truncate(size)) => {
-                    let inode = self.inode(ino)?;
-                    self.truncate(&inode, size)?;
+                    match self.inode(ino) {
+                        Ok(inode) => self.truncate(&inode, size)?,
+                        Err(error) => log::error!("inode {ino}: to be truncated, but: {error}"),
+                    }
                     let _pass = self.gate.enter();
                     self.store.delete(Table::Orphans, &ino_key(ino));
                 }

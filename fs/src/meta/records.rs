@@ -64,6 +64,9 @@ pub(crate) struct InodeRecord {
 
 const INODE_RECORD_LEN: usize = 128;
 
+/// More blocks or directory cookies than an inode can ever have: counting on never overflows.
+const COUNT_MAX: u64 = u64::MAX / 2;
+
 fn put_time(out: &mut Vec<u8>, time: Timestamp) {
     out.extend_from_slice(&time.secs.to_le_bytes());
     out.extend_from_slice(&time.nanos.to_le_bytes());
@@ -113,6 +116,10 @@ impl InodeRecord {
             libc::S_IFSOCK,
         ];
         let size = le_u64(value, 16)?;
+        let (blocks, next_cookie) = (le_u64(value, 24)?, le_u64(value, 96)?);
+        if blocks.max(next_cookie) > COUNT_MAX {
+            return None;
+        }
         if !kinds.contains(&(mode & libc::S_IFMT)) || size > crate::FILE_SIZE_MAX {
             return None;
         }
@@ -124,7 +131,7 @@ impl InodeRecord {
                 uid: le_u32(value, 8)?,
                 gid: le_u32(value, 12)?,
                 size,
-                blocks: le_u64(value, 24)?,
+                blocks,
                 rdev: le_u32(value, 32)?,
                 flags: le_u32(value, 36)?,
                 generation: le_u64(value, 40)?,
@@ -133,7 +140,7 @@ impl InodeRecord {
                 ctime: time_at(value, 72)?,
                 btime: time_at(value, 84)?,
             },
-            next_cookie: le_u64(value, 96)?,
+            next_cookie,
             parent: le_u64(value, 104)?,
         })
     }
