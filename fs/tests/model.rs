@@ -157,3 +157,179 @@ fn random_operations_agree_with_the_model() {
         began.elapsed()
     );
 }
+
+/// Ends the process when a test takes too long: a deadlock is a failure, not a hang.
+struct Watchdog {
+    /// Dropped when all went well.
+    _alive: std::sync::mpsc::Sender<()>,
+}
+
+impl Watchdog {
+    fn start(limit: Duration) -> Self {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            use std::sync::mpsc::RecvTimeoutError;
+            if receiver.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
+                eprintln!("nothing has ended for {limit:?}: a deadlock");
+                std::process::abort();
+            }
+        });
+        Self { _alive: sender }
+    }
+}
+
+/// One thread of many: its own files in directories that all share, and some of everybody's.
+fn busy(fs: &FileSystem, me: u64, dirs: &[u64], until: Instant) -> Vec<(u64, String, Vec<u8>)> {
+    let mut rng = Rng(me);
+    // Directory, name, bytes; no two threads use a name.
+    let mut mine: Vec<(u64, String, Vec<u8>)> = Vec::new();
+    let mut next = 0;
+    while Instant::now() < until {
+        if mine.len() < 6 {
+            let (dir, name) = (*rng.pick(dirs), format!("{me}-{next}"));
+            let file = create(fs, dir, &name);
+            fs.release(&file);
+            mine.push((dir, name, Vec::new()));
+            next += 1;
+        }
+        let at = rng.below(mine.len() as u64) as usize;
+        let (dir, name, bytes) = &mut mine[at];
+        let attr = fs.lookup(*dir, name.as_bytes()).expect("my file");
+        let file = fs.open(attr.ino, libc::O_RDWR).expect("open");
+        match rng.below(12) {
+            0..4 => {
+                let len = 1 + rng.below(200_000) as usize;
+                let data = rng.bytes(len);
+                let offset = rng.below(300_000) as usize;
+                assert_eq!(
+                    try_write(fs, &file, offset as u64, &data, false),
+                    Ok(len as u32)
+                );
+                bytes.resize(bytes.len().max(offset + len), 0);
+                bytes[offset..offset + len].copy_from_slice(&data);
+            }
+            4 => {
+                let len = (1 + rng.below(4) as usize) << 16;
+                let data = rng.bytes(len);
+                assert_eq!(try_write(fs, &file, 65_536, &data, true), Ok(len as u32));
+                bytes.resize(bytes.len().max(65_536 + len), 0);
+                bytes[65_536..65_536 + len].copy_from_slice(&data);
+            }
+            5 => {
+                let size = rng.below(300_000);
+                let set = braidfs::SetAttr {
+                    size: Some(size),
+                    ..braidfs::SetAttr::default()
+                };
+                fs.setattr(attr.ino, &set, &CRED).expect("truncate");
+                bytes.resize(size as usize, 0);
+            }
+            6 => {
+                let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                let (from, len) = (rng.below(200_000), 1 + rng.below(100_000));
+                fs.fallocate(&file, punch, from, len).expect("punch");
+                let end = (from + len).min(bytes.len() as u64) as usize;
+                if (from as usize) < end {
+                    bytes[from as usize..end].fill(0);
+                }
+            }
+            7 => {
+                let (to, new) = (*rng.pick(dirs), format!("{me}-{next}"));
+                next += 1;
+                fs.rename(*dir, name.as_bytes(), to, new.as_bytes(), 0, &CRED)
+                    .expect("rename");
+                (*dir, *name) = (to, new);
+            }
+            8 => {
+                fs.unlink(*dir, name.as_bytes()).expect("unlink");
+                // It goes on for who has it open.
+                let found = try_read(fs, &file, 0, bytes.len(), false).expect("read");
+                assert!(found == *bytes, "an unlinked file changed");
+                mine.swap_remove(at);
+            }
+            9 => fs.fsync(&file, false).expect("fsync"),
+            10 => {
+                // Names that all threads fight for: any outcome is good that leaves it sound.
+                let (dir, to) = (*rng.pick(dirs), *rng.pick(dirs));
+                let shared = format!("shared{}", rng.below(3));
+                let other = format!("shared{}", rng.below(3));
+                let _any = match rng.below(6) {
+                    0 => fs.link(attr.ino, dir, shared.as_bytes()).map(|attr| {
+                        fs.forget(attr.ino, 1);
+                    }),
+                    1 => fs.unlink(dir, shared.as_bytes()),
+                    2 => fs
+                        .mkdir(dir, shared.as_bytes(), 0o755, &CRED)
+                        .map(|attr| fs.forget(attr.ino, 1)),
+                    3 => fs.rmdir(dir, shared.as_bytes()),
+                    4 => {
+                        let flags = *rng.pick(&[0, libc::RENAME_EXCHANGE]);
+                        let (from, new) = (shared.as_bytes(), other.as_bytes());
+                        fs.rename(dir, from, to, new, flags, &CRED)
+                    }
+                    _ => fs.readdir(dir, 0, &mut |_| true),
+                };
+            }
+            _ => {
+                let direct = rng.one_in(3);
+                let found = read_all(fs, &file, bytes.len(), direct);
+                assert!(found == *bytes, "{} bytes read wrong", bytes.len());
+            }
+        }
+        fs.release(&file);
+        fs.forget(attr.ino, 1);
+    }
+    mine
+}
+
+fn read_all(fs: &FileSystem, file: &Arc<braidfs::OpenFile>, len: usize, direct: bool) -> Vec<u8> {
+    try_read(fs, file, 0, len + 1, direct).expect("read")
+}
+
+#[test]
+fn many_threads_and_commits_leave_each_with_its_own_files() {
+    let seconds = number("SECONDS").unwrap_or(4);
+    let _dog = Watchdog::start(Duration::from_secs(seconds + 60));
+    let devices = devices(3, 128 << 20);
+    format(&devices);
+    let fs = mount_with(&devices, small_cache());
+    let mut dirs = vec![ROOT_INO];
+    for nth in 0..3 {
+        let parent = dirs[nth / 2];
+        let name = format!("d{nth}");
+        let attr = fs.mkdir(parent, name.as_bytes(), 0o755, &CRED).unwrap();
+        dirs.push(attr.ino);
+    }
+    let until = Instant::now() + Duration::from_secs(seconds);
+    let files: Vec<_> = std::thread::scope(|scope| {
+        let (fs, dirs) = (&fs, &dirs);
+        let workers: Vec<_> = (1..=6)
+            .map(|me| scope.spawn(move || busy(fs, me, dirs, until)))
+            .collect();
+        scope.spawn(|| {
+            while Instant::now() < until {
+                fs.sync().expect("sync");
+                std::thread::sleep(Duration::from_millis(3));
+            }
+        });
+        workers
+            .into_iter()
+            .flat_map(|worker| worker.join().expect("a worker"))
+            .collect()
+    });
+    let check_files = |fs: &Arc<FileSystem>| {
+        for (dir, name, bytes) in &files {
+            let attr = fs.lookup(*dir, name.as_bytes()).expect("it is there");
+            let file = fs.open(attr.ino, libc::O_RDONLY).expect("open");
+            assert!(read_all(fs, &file, bytes.len(), false) == *bytes, "{name}");
+            fs.release(&file);
+        }
+    };
+    check_files(&fs);
+    check_accounts(&fs);
+    fs.unmount().expect("unmount");
+    assert_eq!(check(&devices).orphans, 0);
+    let fs = mount_with(&devices, small_cache());
+    check_files(&fs);
+    fs.unmount().expect("unmount");
+}
