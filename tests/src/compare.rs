@@ -10,6 +10,7 @@ use std::io::Read;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::unistd::{Whence, lseek};
 
@@ -66,6 +67,7 @@ pub fn differences(original: &Path, copy: &Path, leniency: Leniency) -> (Vec<Str
         ..Comparison::default()
     };
     comparison.folder(original, copy, Path::new(""));
+    comparison.all_contents(original, copy);
     comparison.hard_links();
     comparison.xattrs(original, copy);
     (comparison.differences, comparison.tally)
@@ -81,7 +83,12 @@ struct Comparison {
     tally: Tally,
     /// Names of each file with more than one, by its identity in the original and in the copy.
     links: [BTreeMap<FileId, Vec<PathBuf>>; 2],
+    /// Regular files whose contents are still to be compared.
+    files: Vec<(PathBuf, Metadata, Metadata)>,
 }
+
+/// How many files are compared at a time.
+const READERS: usize = 3;
 
 impl Comparison {
     fn differ(&mut self, name: &Path, what: impl std::fmt::Display) {
@@ -160,9 +167,7 @@ impl Comparison {
             }
         } else if left.is_file() {
             self.tally.bytes += left.len();
-            if let Err(why) = self.contents(original, copy, &left, &right) {
-                self.differ(name, why);
-            }
+            self.files.push((name.to_owned(), left, right));
         }
     }
 
@@ -198,6 +203,33 @@ impl Comparison {
         }
     }
 
+    /// Contents of all the regular files that the walk found, several at a time.
+    fn all_contents(&mut self, original: &Path, copy: &Path) {
+        let files = std::mem::take(&mut self.files);
+        let next = AtomicUsize::new(0);
+        let this = &*self;
+        let read = || {
+            let mut found = Vec::new();
+            while let Some((name, left, right)) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let paths = [original, copy].map(|root| root.join(name));
+                if let Err(why) = this.contents(&paths[0], &paths[1], left, right) {
+                    found.push((name, why));
+                }
+            }
+            found
+        };
+        let found: Vec<_> = std::thread::scope(|scope| {
+            let readers: Vec<_> = (0..READERS).map(|_| scope.spawn(read)).collect();
+            let joined = readers
+                .into_iter()
+                .map(|reader| reader.join().expect("a reader"));
+            joined.flatten().collect()
+        });
+        for (name, why) in found {
+            self.differ(name, why);
+        }
+    }
+
     fn contents(
         &self,
         original: &Path,
@@ -210,7 +242,7 @@ impl Comparison {
         let mut right_file = File::open(copy).map_err(text)?;
         let sparse = left.blocks() * 512 < left.len() / 2;
         if !sparse {
-            return same_bytes(&mut left_file, &mut right_file);
+            return same_bytes(&mut left_file, &mut right_file, left.len());
         }
         let (left_runs, right_runs) = (data_runs(&left_file)?, data_runs(&right_file)?);
         if !self.leniency.holes {
@@ -278,8 +310,10 @@ fn xattr_dump(root: &Path) -> BTreeSet<(String, String)> {
     pairs
 }
 
-fn same_bytes(left: &mut File, right: &mut File) -> Result<(), String> {
-    let mut buffers = [vec![0; 1 << 18], vec![0; 1 << 18]];
+fn same_bytes(left: &mut File, right: &mut File, len: u64) -> Result<(), String> {
+    // One byte more than expected, so that a longer file is seen at once.
+    let size = usize::try_from(len + 1).map_or(1 << 18, |len| len.min(1 << 18));
+    let mut buffers = [vec![0; size], vec![0; size]];
     let mut at = 0;
     loop {
         let counts = [

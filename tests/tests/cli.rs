@@ -583,11 +583,13 @@ fn no_root(env: &Env) -> Outcome {
     fs::copy(&env.bin, &bin).expect("copy the program");
     let volume = Volume::unformatted(env, "v", &[MEMBER_BYTES; 2]);
     let id = "65534";
-    let owned = volume.devices.iter().chain([&volume.mountpoint]);
+    let run = env.mkdir("run");
+    let owned = volume.devices.iter().chain([&volume.mountpoint, &run]);
     Cmd::new("chown").arg(format!("{id}:{id}")).args(owned).ok();
     let user = || {
         let ids = [format!("--reuid={id}"), format!("--regid={id}")];
         Cmd::new("setpriv")
+            .env("XDG_RUNTIME_DIR", &run)
             .args(ids)
             .arg("--clear-groups")
             .arg("--")
