@@ -46,7 +46,8 @@ struct History {
 }
 
 fn record(seed: u64, ops: u64) -> History {
-    let devices = devices(1 + seed as usize % 3, 20 << 20);
+    let count = 1 + seed % 3;
+    let devices = devices(count as usize, (60 << 20) / count);
     format(&devices);
     let base = Replay::new(&devices);
     let recorder = Recorder::new(&devices);
@@ -233,7 +234,7 @@ fn after_a_power_cut_anywhere_a_prefix_of_the_history_is_there() {
     );
     let seeds = match number("SEED") {
         Some(seed) => seed..seed + 1,
-        None => 1..1 + number("RUNS").unwrap_or(9),
+        None => 1..1 + number("RUNS").unwrap_or(6),
     };
     let runs = seeds.end - seeds.start;
     let total: usize = seeds.map(|seed| cut_everywhere(seed, ops, states)).sum();

@@ -189,6 +189,7 @@ fn busy(fs: &FileSystem, me: u64, dirs: &[u64], until: Instant) -> Vec<(u64, Str
             let (dir, name) = (*rng.pick(dirs), format!("{me}-{next}"));
             let file = create(fs, dir, &name);
             fs.release(&file);
+            fs.forget(file.ino(), 1);
             mine.push((dir, name, Vec::new()));
             next += 1;
         }
@@ -201,10 +202,9 @@ fn busy(fs: &FileSystem, me: u64, dirs: &[u64], until: Instant) -> Vec<(u64, Str
                 let len = 1 + rng.below(200_000) as usize;
                 let data = rng.bytes(len);
                 let offset = rng.below(300_000) as usize;
-                assert_eq!(
-                    try_write(fs, &file, offset as u64, &data, false),
-                    Ok(len as u32)
-                );
+                let written = try_write(fs, &file, offset as u64, &data, false);
+                let stats = fs.stats();
+                assert_eq!(written, Ok(len as u32), "{:?} {:?}", stats.space, stats.txg);
                 bytes.resize(bytes.len().max(offset + len), 0);
                 bytes[offset..offset + len].copy_from_slice(&data);
             }
