@@ -17,9 +17,10 @@ use std::time::Instant;
 
 use braidfs::{MountOptions, ROOT_INO};
 use braidfs_blockdev::SimDevice;
+use common::dump::dump;
 use common::model::{Dump, Rng};
 use common::record::{Event, LOSSES, Recorder, Replay};
-use common::world::{Done, Limits, World, dump};
+use common::world::{Done, Limits, World};
 use common::*;
 
 fn number(name: &str) -> Option<u64> {

@@ -52,7 +52,7 @@ fn remove_all(world: &mut World) {
     }
     let fs = Arc::clone(&world.fs);
     fn clear(fs: &FileSystem, dir: u64) {
-        for (name, ino) in common::world::entries(fs, dir, 1000) {
+        for (name, ino) in common::dump::entries(fs, dir, 1000) {
             if fs.getattr(ino).expect("getattr").is_dir() {
                 clear(fs, ino);
                 fs.rmdir(dir, &name).expect("rmdir");

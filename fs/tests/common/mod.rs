@@ -1,6 +1,7 @@
 //! A file system on simulated devices, driven without a mount.
 #![allow(dead_code, missing_docs, reason = "each test file uses a part of it")]
 
+pub mod dump;
 pub mod model;
 pub mod record;
 pub mod world;

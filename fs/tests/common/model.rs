@@ -411,11 +411,10 @@ impl Model {
             _ => None,
         };
         match (source_is_dir, empty) {
-            _ if exchange => {
-                if empty.is_some() && self.is_above(target, from.0) {
-                    return Err(Errno::INVAL);
-                }
+            _ if exchange && empty.is_some() && self.is_above(target, from.0) => {
+                return Err(Errno::INVAL);
             }
+            _ if exchange => {}
             (true, None) => return Err(Errno::NOTDIR),
             (false, Some(_)) => return Err(Errno::ISDIR),
             (true, Some(false)) => return Err(Errno::NOTEMPTY),
