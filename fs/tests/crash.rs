@@ -10,12 +10,13 @@
 
 mod common;
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use braidfs::{MountOptions, ROOT_INO};
+use braidfs::{FileSystem, MountOptions, ROOT_INO};
 use braidfs_blockdev::SimDevice;
 use common::dump::dump;
 use common::model::{Dump, Rng};
@@ -153,24 +154,47 @@ fn check_state(history: &History, state: &State) {
     }
 }
 
-/// Checks states as they come; returns how many.
-fn check_states(history: &History, states: &Mutex<Receiver<State>>, failed: &AtomicBool) -> usize {
-    struct Told<'a>(&'a AtomicBool);
-    impl Drop for Told<'_> {
-        fn drop(&mut self) {
-            if std::thread::panicking() {
-                self.0.store(true, Ordering::SeqCst);
+/// Makes wrecks with `make`, which hands each to the sender, and checks them on two threads;
+/// returns how many. After the first that is not as it should be the others are passed over.
+fn check_all<T: Send>(make: impl FnOnce(&mut dyn FnMut(T)), check_one: impl Fn(T) + Sync) -> usize {
+    let (sender, receiver) = sync_channel(4);
+    let receiver = Mutex::new(receiver);
+    let (failed, total) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let worker = || {
+        let mut outcome = Ok(());
+        loop {
+            let next = receiver.lock().expect("nobody panics with it").recv();
+            let Ok(state) = next else { break };
+            if failed.load(Ordering::SeqCst) {
+                continue;
+            }
+            outcome = catch_unwind(AssertUnwindSafe(|| check_one(state)));
+            failed.fetch_or(outcome.is_err(), Ordering::SeqCst);
+            if outcome.is_err() {
+                // The other one takes the rest.
+                break;
+            }
+            total.fetch_add(1, Ordering::SeqCst);
+        }
+        while failed.load(Ordering::SeqCst) {
+            let next = receiver.lock().expect("nobody panics with it").recv();
+            if next.is_err() {
+                break;
             }
         }
-    }
-    let mut count = 0;
-    loop {
-        let next = states.lock().expect("nobody panics with it").recv();
-        let Ok(state) = next else { return count };
-        let _told = Told(failed);
-        check_state(history, &state);
-        count += 1;
-    }
+        outcome
+    };
+    std::thread::scope(|scope| {
+        let workers = [scope.spawn(&worker), scope.spawn(&worker)];
+        make(&mut |state| sender.send(state).expect("the workers live"));
+        drop(sender);
+        for worker in workers {
+            if let Err(panic) = worker.join().expect("it catches") {
+                resume_unwind(panic);
+            }
+        }
+    });
+    total.load(Ordering::SeqCst)
 }
 
 fn cut_everywhere(seed: u64, ops: u64, states_wanted: u64) -> usize {
@@ -178,17 +202,7 @@ fn cut_everywhere(seed: u64, ops: u64, states_wanted: u64) -> usize {
     let points = history.events.iter();
     let points = points.filter(|event| !matches!(event, Event::Mark(_)));
     let points = points.count() as u64;
-    let (sender, receiver) = sync_channel(4);
-    let receiver = Mutex::new(receiver);
-    let failed = AtomicBool::new(false);
-    let total = AtomicUsize::new(0);
-    std::thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                let count = check_states(&history, &receiver, &failed);
-                total.fetch_add(count, Ordering::SeqCst);
-            });
-        }
+    let make = |send: &mut dyn FnMut(State)| {
         let mut rng = Rng(seed);
         let mut replay = history.base.clone();
         let (mut ended, mut made) = (0, 0);
@@ -205,25 +219,17 @@ fn cut_everywhere(seed: u64, ops: u64, states_wanted: u64) -> usize {
                 _ => &[],
             };
             for &loss in losses {
-                if failed.load(Ordering::SeqCst) {
-                    return drop(sender);
-                }
-                let youngest = (ended + 1).min(ops);
-                let state = State {
+                send(State {
                     wrecks: replay.wreck(loss, rng.next()),
-                    range: (history.durable[ended as usize], youngest),
+                    range: (history.durable[ended as usize], (ended + 1).min(ops)),
                     what: format!("SEED={seed}: cut after event {nth}, {loss:?}"),
                     thorough: made % 8 == 0,
-                };
+                });
                 made += 1;
-                if sender.send(state).is_err() {
-                    return;
-                }
             }
         }
-        drop(sender);
-    });
-    total.load(Ordering::SeqCst)
+    };
+    check_all(make, |state| check_state(&history, &state))
 }
 
 #[test]
@@ -242,5 +248,114 @@ fn after_a_power_cut_anywhere_a_prefix_of_the_history_is_there() {
     println!(
         "{total} power cuts in {runs} workloads, {:?}",
         began.elapsed()
+    );
+}
+
+/// Bytes of version `version` of the file that thread `thread` replaces again and again.
+fn version_bytes(thread: u64, version: u64) -> Vec<u8> {
+    let mut rng = Rng(thread << 32 | version);
+    let len = 20_000 + rng.below(60_000) as usize;
+    rng.bytes(len)
+}
+
+/// Writes a new file in two pieces and renames it over the old one, without fsync.
+fn replace_forever(fs: &FileSystem, thread: u64, ended: &AtomicU64, until: Instant) {
+    let (name, new) = (format!("f{thread}"), format!("new{thread}"));
+    for version in 1.. {
+        if Instant::now() > until {
+            return;
+        }
+        let file = create(fs, ROOT_INO, &new);
+        let bytes = version_bytes(thread, version);
+        let (one, two) = bytes.split_at(9000);
+        write(fs, &file, 0, one);
+        write(fs, &file, 9000, two);
+        fs.release(&file);
+        fs.forget(file.ino(), 1);
+        fs.rename(
+            ROOT_INO,
+            new.as_bytes(),
+            ROOT_INO,
+            name.as_bytes(),
+            0,
+            &CRED,
+        )
+        .expect("rename");
+        ended.store(version, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn files_replaced_by_many_threads_are_old_or_new_and_whole() {
+    const THREADS: u64 = 4;
+    let states = number("STATES").unwrap_or(400);
+    let devices = devices(2, 48 << 20);
+    format(&devices);
+    let base = Replay::new(&devices);
+    let recorder = Recorder::new(&devices);
+    let fs = mount_members(recorder.members(), small_cache());
+    let ended: Vec<_> = (0..THREADS).map(|_| AtomicU64::new(0)).collect();
+    let versions = || -> Vec<u64> {
+        let loaded = ended.iter().map(|ended| ended.load(Ordering::SeqCst));
+        loaded.collect()
+    };
+    // What each sync promised.
+    let mut promised = vec![vec![0; THREADS as usize]];
+    let until = Instant::now() + Duration::from_millis(1500);
+    std::thread::scope(|scope| {
+        for (thread, ended) in (0..).zip(&ended) {
+            let fs = &fs;
+            scope.spawn(move || replace_forever(fs, thread, ended, until));
+        }
+        while Instant::now() < until {
+            let before = versions();
+            fs.sync().expect("sync");
+            recorder.mark(promised.len() as u64);
+            promised.push(before);
+        }
+    });
+    fs.unmount().expect("unmount");
+    let last = versions();
+    let events = recorder.events();
+    let points = events.len() as u64;
+    let check_one = |(wrecks, least, what): (Vec<Arc<SimDevice>>, &Vec<u64>, String)| {
+        check(&wrecks);
+        let fs = mount_with(&wrecks, small_cache());
+        for (thread, (&least, &last)) in (0..).zip(least.iter().zip(&last)) {
+            let name = format!("f{thread}");
+            let Ok(attr) = fs.lookup(ROOT_INO, name.as_bytes()) else {
+                assert_eq!(least, 0, "{what}: {name} is missing");
+                continue;
+            };
+            let file = fs.open(attr.ino, libc::O_RDONLY).expect("open");
+            let found = read(&fs, &file, 0, 1 << 20);
+            let is_whole = |version: &u64| version_bytes(thread, *version) == found;
+            assert!(
+                (least.max(1)..=last).any(|version| is_whole(&version)),
+                "{what}: {name} has {} bytes, no version from {least} on is like that",
+                found.len()
+            );
+        }
+        fs.unmount().expect("unmount");
+    };
+    let make = |send: &mut dyn FnMut(_)| {
+        let mut rng = Rng(1);
+        let mut replay = base.clone();
+        let mut synced = 0;
+        for (nth, event) in events.iter().enumerate() {
+            replay.step(event);
+            if let Event::Mark(number) = event {
+                synced = *number as usize;
+            } else if rng.below(points) < states {
+                let loss = *rng.pick(&LOSSES);
+                let what = format!("cut after event {nth}, {loss:?}");
+                send((replay.wreck(loss, rng.next()), &promised[synced], what));
+            }
+        }
+    };
+    let total = check_all(make, check_one);
+    println!(
+        "{total} power cuts, {last:?} versions, {} syncs",
+        promised.len()
     );
 }
