@@ -188,7 +188,7 @@ fn check_all<T: Send>(make: impl FnOnce(&mut dyn FnMut(T)), check_one: impl Fn(T
         outcome
     };
     std::thread::scope(|scope| {
-        let workers = [scope.spawn(&worker), scope.spawn(&worker)];
+        let workers = [scope.spawn(worker), scope.spawn(worker)];
         make(&mut |state| sender.send(state).expect("the workers live"));
         drop(sender);
         for worker in workers {
