@@ -1,7 +1,7 @@
 //! O_DIRECT: large aligned reads and writes past the cache, kiobufs over private pages.
 //!
-//! Coherence with the cache: a direct write holds its range exclusively, drops the cached pages of
-//! the range, writes, maps, and drops again what a readahead may have fetched through the old map.
+//! Coherence with the cache: a direct write holds its range exclusively, writes, drops the cached
+//! pages of the range, maps, and drops again what a readahead may have fetched through the old map.
 //! A direct read is only begun where no page of its range is cached.
 
 use std::sync::Arc;
@@ -122,7 +122,6 @@ impl FileSystem {
         let pass = self.gate.enter();
         let range = inode.ranges.exclusive(offset, offset + len as u64);
         let space = self.pages(inode);
-        self.space.unreserve(space.discard(pages));
         let mut runs = Vec::with_capacity(2);
         if let Err(error) = self.space.allocate(pages.count(), &mut runs) {
             self.space.unreserve(pages.count());
@@ -134,7 +133,13 @@ impl FileSystem {
             Errno(error.errno())
         });
         let mapped = match mapped {
-            Ok(()) => self.map_runs(inode, pages.start, &runs, &crcs),
+            Ok(()) => {
+                // Not before the new bytes are there: a write that fails loses no older one.
+                self.space.unreserve(space.discard(pages));
+                let mapped = self.map_runs(inode, pages.start, &runs, &crcs);
+                self.space.unreserve(space.discard(pages));
+                mapped
+            }
             Err(error) => {
                 for &(start, len) in &runs {
                     self.space.unallocate(start, len);
@@ -143,7 +148,6 @@ impl FileSystem {
                 Err(error)
             }
         };
-        self.space.unreserve(space.discard(pages));
         mapped?;
         self.note_written(inode, offset + len as u64, flags);
         drop((range, pass));

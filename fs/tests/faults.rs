@@ -130,6 +130,28 @@ fn a_write_error_is_told_to_each_open_file_once_and_the_page_is_kept() {
 }
 
 #[test]
+fn a_direct_write_that_fails_loses_no_older_bytes() {
+    let devices = devices(2, 64 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let file = create(&fs, ROOT_INO, "f");
+    let old = pattern(1, MIB);
+    write(&fs, &file, 0, &old);
+    fail_data(&fs, &devices, None);
+    let direct = try_write(&fs, &file, 0, &pattern(2, MIB), true);
+    assert_eq!(direct, Err(Errno::IO));
+    assert!(read(&fs, &file, 0, MIB) == old);
+    heal(&devices);
+    fs.fsync(&file, false).unwrap();
+    assert_eq!(fs.stats().space.reserved_blocks, 0);
+    fs.unmount().unwrap();
+    check(&devices);
+    let fs = mount(&devices);
+    assert!(read(&fs, &open(&fs, "f"), 0, MIB) == old);
+    fs.unmount().unwrap();
+}
+
+#[test]
 fn unmount_tells_of_data_that_could_not_be_written() {
     let devices = devices(2, 64 << 20);
     format(&devices);
