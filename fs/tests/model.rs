@@ -86,6 +86,7 @@ fn fill(world: &mut World) {
         world.write_or_remove();
     }
     world.fs.unlink(ROOT_INO, name).expect("unlink");
+    world.model.touch(ROOT_INO, true);
     world.fs.release(&file);
     world.fs.forget(attr.ino, 1);
 }
