@@ -86,6 +86,12 @@ impl RunSet {
         self.blocks -= len;
     }
 
+    /// Whether all of `len` blocks at `start` are in the set.
+    fn contains(&self, start: u64, len: u64) -> bool {
+        let run = self.runs.range(..=start).next_back();
+        run.is_some_and(|(run, run_len)| start + len <= run + run_len)
+    }
+
     pub(crate) fn blocks(&self) -> u64 {
         self.blocks
     }
@@ -274,10 +280,10 @@ impl Allocator {
             return Err(corrupted("overlapping or impossible free", start, len));
         }
         let mut log = SpaceLog::default();
-        let mut chunk_blocks = 0;
+        let mut data = RunSet::default();
         let chunks = volume.chunks();
         for chunk in chunks.iter().filter(|chunk| chunk.kind == ChunkKind::Data) {
-            chunk_blocks += chunk.len_blocks;
+            data.insert(chunk.start.0, chunk.len_blocks);
             if known.is_none_or(|known| u64::from(chunk.id) > known) {
                 if !free.insert(chunk.start.0, chunk.len_blocks) {
                     return Err(corrupted(
@@ -289,6 +295,9 @@ impl Allocator {
                 log.added.push((chunk.start.0, chunk.len_blocks));
                 log.known_chunk = log.known_chunk.max(Some(chunk.id));
             }
+        }
+        if let Some((start, len)) = free.iter().find(|&(start, len)| !data.contains(start, len)) {
+            return Err(corrupted("free but in no data chunk:", start, len));
         }
         let total: u64 = volume.unallocated_bytes()
             + chunks
@@ -302,7 +311,7 @@ impl Allocator {
             pending: 0,
             cursor: 0,
             log,
-            chunk_blocks,
+            chunk_blocks: data.blocks(),
         };
         Ok(Self {
             volume,

@@ -369,13 +369,35 @@ impl FileSystem {
         self.space.reserve(blocks)
     }
 
-    /// `NOSPC` when metadata has no room to grow, so that what is left serves deletion.
+    /// `NOSPC` when metadata has no room to grow, so that what is left serves deletion. What the
+    /// open group will take is only guessed (twice its size), so a commit is tried first. Call it
+    /// without a pass.
     pub(crate) fn check_meta_room(&self) -> Result<(), Errno> {
-        let wanted = META_ROOM_MIN_BYTES + 2 * self.store.open_bytes() as u64;
-        if self.meta.room_bytes() + self.volume.unallocated_bytes() / 2 < wanted {
-            return Err(Errno::NOSPC);
+        let wanted = || META_ROOM_MIN_BYTES + 2 * self.store.open_bytes() as u64;
+        let growth = || self.volume.unallocated_bytes() / 2;
+        if self.meta.room_bytes() + growth() >= wanted() {
+            return Ok(());
         }
-        Ok(())
+        // The end of the file is near: look how much is free inside it.
+        let has_room_inside = || {
+            let used = self.store.used_bytes().map_err(|error| {
+                log::error!("metadata: counting its pages: {error}");
+                Errno::IO
+            })?;
+            let free = self.meta.capacity_bytes().saturating_sub(used);
+            Ok(free + growth() >= wanted())
+        };
+        if has_room_inside()? {
+            return Ok(());
+        }
+        if self.store.open_bytes() > 0 {
+            self.commit_now()?;
+        }
+        if has_room_inside()? {
+            Ok(())
+        } else {
+            Err(Errno::NOSPC)
+        }
     }
 
     /// Size and free space.

@@ -153,8 +153,28 @@ struct State {
     chunks: Vec<MetaChunk>,
     head: Head,
     head_dirty: bool,
-    /// One past the highest page written since the mount.
+    /// One past the highest page that was ever written.
     high_page: u64,
+}
+
+/// One past the highest page that the checksum areas know of. Looks at the last chunks only, until
+/// one has been written to.
+fn highest_page(chunks: &mut [MetaChunk], volume: &Volume) -> u64 {
+    for chunk in chunks.iter_mut().rev() {
+        let (first, end) = (chunk.first_page, chunk.end_page());
+        let payload = chunk.payload_blocks;
+        match chunk.area(volume) {
+            Ok(area) => {
+                let known = |&index: &u64| area.known(index) != Known::Nothing;
+                if let Some(index) = (0..payload).rev().find(known) {
+                    return first + index + 1;
+                }
+            }
+            // Not to be seen now: take it for full.
+            Err(_) => return end,
+        }
+    }
+    0
 }
 
 /// redb's file. Shared by redb (as its storage) and the page cache (as its backing).
@@ -251,6 +271,7 @@ impl MetaFile {
             }
             state.chunks.push(chunk);
         }
+        state.high_page = highest_page(&mut state.chunks, &volume);
         let file = Arc::new(Self {
             volume,
             state: Mutex::new(state),
@@ -271,6 +292,12 @@ impl MetaFile {
 
     fn space(&self) -> &Arc<AddressSpace> {
         self.space.get().expect("set in open")
+    }
+
+    /// Bytes that the chunks of the file hold.
+    pub(crate) fn capacity_bytes(&self) -> u64 {
+        let state = self.state.lock();
+        state.chunks.last().map_or(0, MetaChunk::end_page) * PAGE_SIZE as u64
     }
 
     /// Bytes behind the highest page ever written, before the volume has to grant another chunk.

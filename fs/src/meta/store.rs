@@ -103,6 +103,8 @@ struct State {
 pub(crate) struct Store {
     /// `None` once closed. Only commits lock it for long.
     db: Mutex<Option<Database>>,
+    /// Bytes of the pages in use, if counted since the last commit.
+    used: Mutex<Option<u64>>,
     state: RwLock<State>,
 }
 
@@ -142,6 +144,7 @@ impl Store {
         };
         Ok(Self {
             db: Mutex::new(Some(db)),
+            used: Mutex::new(None),
             state: RwLock::new(state),
         })
     }
@@ -362,6 +365,7 @@ impl Store {
             space.apply(&mut free)?;
         }
         write.commit()?;
+        *self.used.lock() = None;
         let base = Self::snapshot(db)?;
         let mut state = self.state.write();
         let old = std::mem::replace(&mut state.base, base);
@@ -369,6 +373,24 @@ impl Store {
         drop(state);
         drop(old);
         Ok(())
+    }
+
+    /// Bytes of redb's file that are in use in the durable state. Walks all tables, so it is for
+    /// when space is short; counted once between two commits. Waits for a commit under way.
+    pub(crate) fn used_bytes(&self) -> Result<u64, redb::Error> {
+        let db = self.db.lock();
+        if let Some(used) = *self.used.lock() {
+            return Ok(used);
+        }
+        let write = db
+            .as_ref()
+            .ok_or(redb::Error::DatabaseClosed)?
+            .begin_write()?;
+        let stats = write.stats()?;
+        write.abort()?;
+        let used = stats.allocated_pages() * stats.page_size() as u64;
+        *self.used.lock() = Some(used);
+        Ok(used)
     }
 
     /// Ends the use of the store: redb marks its file as closed. Look-ups fail from now on.
