@@ -1,9 +1,8 @@
 //! Attaching a FUSE connection to a mount point, and detaching it.
 //!
 //! With the privilege this is mount(2); without, fusermount3 does it and hands the connection over
-//! a socket. fuser can do both, but on the way out it cannot tell whether its mount is still there
-//! and may unmount whatever else is on the same directory by then; so braidfs keeps this in its own
-//! hands and gives fuser the connection only.
+//! a socket. On the way out, only a mount that is still ours is taken away: something else may be
+//! on the same directory by then.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSliceMut};
@@ -18,6 +17,7 @@ use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, socketpair,
 };
 
+use super::init::InitError;
 use super::mounts::{self, MountEntry};
 
 const DEVICE: &str = "/dev/fuse";
@@ -58,9 +58,9 @@ pub enum AttachError {
     /// fusermount3 refused; its own words.
     #[error("{0}")]
     Fusermount(String),
-    /// The connection was refused by the kernel.
+    /// The session did not begin.
     #[error("cannot start the FUSE session: {0}")]
-    Session(#[source] io::Error),
+    Session(#[from] InitError),
 }
 
 /// Mounts; returns the connection to the kernel.
@@ -80,9 +80,25 @@ fn open_device() -> Result<File, AttachError> {
         .map_err(AttachError::Device)
 }
 
-/// Whether each thread can have a descriptor of its own.
-pub(super) fn can_clone_connection() -> bool {
-    open_device().is_ok()
+nix::ioctl_read!(
+    /// FUSE_DEV_IOC_CLONE: makes a fresh descriptor of the device one more way to a connection.
+    fuse_dev_clone,
+    229,
+    0,
+    u32
+);
+
+/// A further descriptor of a connection, so that a thread has a queue of its own.
+#[expect(unsafe_code, reason = "an ioctl")]
+pub(super) fn clone_connection(connection: &OwnedFd) -> io::Result<OwnedFd> {
+    let device = open_device().map_err(|error| match error {
+        AttachError::Device(error) => error,
+        other => io::Error::other(other),
+    })?;
+    let mut number = u32::try_from(connection.as_raw_fd()).map_err(io::Error::other)?;
+    // SAFETY: the kernel reads one u32, the number of an open descriptor, which `connection` is.
+    unsafe { fuse_dev_clone(device.as_raw_fd(), &raw mut number) }?;
+    Ok(OwnedFd::from(device))
 }
 
 fn attach_directly(spec: &MountSpec) -> Result<OwnedFd, AttachError> {
@@ -117,7 +133,7 @@ fn attach_directly(spec: &MountSpec) -> Result<OwnedFd, AttachError> {
 }
 
 fn attach_by_helper(spec: &MountSpec) -> Result<OwnedFd, AttachError> {
-    let system = |error: Errno| AttachError::Session(error.into());
+    let system = |error: Errno| AttachError::Session(InitError::System(error));
     // Without CLOEXEC: the helper finds its end by number. Nothing else is started meanwhile.
     let (ours, theirs) = socketpair(
         AddressFamily::Unix,

@@ -1,14 +1,9 @@
-//! Translation of attributes, times and errors between the core and fuser.
-//!
-//! fuser carries times as `SystemTime`. Outgoing times are exact. Incoming ones before 1970 with a
-//! fraction of a second arrive mirrored (it subtracts the nanoseconds, not adds them), which
-//! [`timestamp`] undoes.
+//! Attributes and times as the protocol has them.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use fuser::{FileAttr, FileType, INodeNo, Request, TimeOrNow};
-
-use crate::{Attr, Cred, Errno, SetTime, Timestamp};
+use super::protocol::{Args, InHeader, Malformed, Out, setattr_valid};
+use crate::{Attr, Cred, SetAttr, SetTime, Timestamp};
 
 /// What `st_blksize` says where the kernel caches: its page size.
 pub(super) const BLKSIZE_CACHED: u32 = 4096;
@@ -17,176 +12,213 @@ pub(super) const BLKSIZE_CACHED: u32 = 4096;
 /// write in such pieces (cmp, Python) then need fewer of them.
 pub(super) const BLKSIZE_DIRECT: u32 = 65_536;
 
-/// The errno edge: every error of the core leaves through here.
-pub(super) fn errno(error: Errno) -> fuser::Errno {
-    fuser::Errno::from_i32(error.0)
-}
-
 /// Who asks.
-pub(super) fn cred(request: &Request, umask: u32) -> Cred {
+pub(super) fn cred(header: &InHeader, umask: u32) -> Cred {
     Cred {
-        uid: request.uid(),
-        gid: request.gid(),
+        uid: header.uid,
+        gid: header.gid,
         umask,
-        pid: request.pid(),
+        pid: header.pid,
     }
 }
 
-/// The type of an inode from its mode; anything unknown shows as a regular file.
-pub(super) fn file_type(mode: u32) -> FileType {
-    match mode & libc::S_IFMT {
-        libc::S_IFDIR => FileType::Directory,
-        libc::S_IFLNK => FileType::Symlink,
-        libc::S_IFBLK => FileType::BlockDevice,
-        libc::S_IFCHR => FileType::CharDevice,
-        libc::S_IFIFO => FileType::NamedPipe,
-        libc::S_IFSOCK => FileType::Socket,
-        _ => FileType::RegularFile,
-    }
+/// `struct fuse_attr`.
+fn attr(out: Out, attr: &Attr, blksize: u32) -> Out {
+    out.u64(attr.ino)
+        .u64(attr.size)
+        .u64(attr.blocks)
+        .i64(attr.atime.secs)
+        .i64(attr.mtime.secs)
+        .i64(attr.ctime.secs)
+        .u32(attr.atime.nanos)
+        .u32(attr.mtime.nanos)
+        .u32(attr.ctime.nanos)
+        .u32(attr.mode)
+        .u32(attr.nlink)
+        .u32(attr.uid)
+        .u32(attr.gid)
+        .u32(attr.rdev)
+        .u32(blksize)
+        .u32(0)
 }
 
-/// The type of a directory entry from its `DT_*` value.
-pub(super) fn dirent_type(kind: u8) -> FileType {
-    file_type(u32::from(kind) << 12)
+/// Bytes of `struct fuse_attr`.
+const ATTR_BYTES: usize = 88;
+
+/// Bytes of `struct fuse_entry_out`.
+pub(super) const ENTRY_BYTES: usize = 40 + ATTR_BYTES;
+
+/// `struct fuse_entry_out`: an inode that a name leads to.
+pub(super) fn entry_out(entry: &Attr, timeout: Duration, blksize: u32) -> Out {
+    let head = Out::default()
+        .u64(entry.ino)
+        .u64(entry.generation)
+        .u64(timeout.as_secs())
+        .u64(timeout.as_secs())
+        .u32(timeout.subsec_nanos())
+        .u32(timeout.subsec_nanos());
+    attr(head, entry, blksize)
 }
 
-/// Attributes as fuser wants them.
-pub(super) fn file_attr(attr: &Attr, blksize: u32) -> FileAttr {
-    FileAttr {
-        ino: INodeNo(attr.ino),
-        size: attr.size,
-        blocks: attr.blocks,
-        atime: system_time(attr.atime),
-        mtime: system_time(attr.mtime),
-        ctime: system_time(attr.ctime),
-        crtime: system_time(attr.btime),
-        kind: file_type(attr.mode),
-        perm: u16::try_from(attr.mode & 0o7777).unwrap_or(0),
-        nlink: attr.nlink,
-        uid: attr.uid,
-        gid: attr.gid,
-        rdev: attr.rdev,
-        blksize,
-        flags: 0,
-    }
+/// The same for a name that leads nowhere.
+pub(super) fn negative_entry_out(timeout: Duration) -> Out {
+    Out::default()
+        .u64(0)
+        .u64(0)
+        .u64(timeout.as_secs())
+        .u64(0)
+        .u32(timeout.subsec_nanos())
+        .u32(0)
+        .zeros(ATTR_BYTES)
 }
 
-/// Attributes of which only inode number and type mean anything: a negative entry (inode 0), or an
-/// entry of a listing that the kernel does not look up ("." and "..").
-pub(super) fn bare_attr(ino: u64, kind: FileType) -> FileAttr {
-    FileAttr {
-        ino: INodeNo(ino),
-        size: 0,
-        blocks: 0,
-        atime: UNIX_EPOCH,
-        mtime: UNIX_EPOCH,
-        ctime: UNIX_EPOCH,
-        crtime: UNIX_EPOCH,
-        kind,
-        perm: 0,
-        nlink: 0,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        blksize: BLKSIZE_CACHED,
-        flags: 0,
-    }
+/// `struct fuse_attr_out`.
+pub(super) fn attr_out(of: &Attr, timeout: Duration, blksize: u32) -> Out {
+    let head = Out::default()
+        .u64(timeout.as_secs())
+        .u32(timeout.subsec_nanos())
+        .u32(0);
+    attr(head, of, blksize)
 }
 
-fn system_time(time: Timestamp) -> SystemTime {
-    let whole = if time.secs >= 0 {
-        UNIX_EPOCH.checked_add(Duration::from_secs(time.secs.unsigned_abs()))
-    } else {
-        UNIX_EPOCH.checked_sub(Duration::from_secs(time.secs.unsigned_abs()))
+/// `struct fuse_statx_out`: as `attr_out`, with the time of birth.
+pub(super) fn statx_out(of: &Attr, timeout: Duration, blksize: u32) -> Out {
+    let time = |out: Out, time: Timestamp| out.i64(time.secs).u32(time.nanos).u32(0);
+    let mask = libc::STATX_BASIC_STATS | libc::STATX_BTIME;
+    let out = Out::default()
+        .u64(timeout.as_secs())
+        .u32(timeout.subsec_nanos())
+        .u32(0)
+        .zeros(16)
+        .u32(mask)
+        .u32(blksize)
+        .u64(0)
+        .u32(of.nlink)
+        .u32(of.uid)
+        .u32(of.gid)
+        .u16(u16::try_from(of.mode).unwrap_or(0))
+        .u16(0)
+        .u64(of.ino)
+        .u64(of.size)
+        .u64(of.blocks)
+        .u64(0);
+    let out = time(out, of.atime);
+    let out = time(out, of.btime);
+    let out = time(out, of.ctime);
+    let out = time(out, of.mtime);
+    let rdev = libc::dev_t::from(of.rdev);
+    out.u32(libc::major(rdev))
+        .u32(libc::minor(rdev))
+        .zeros(8 + 14 * 8)
+}
+
+/// `struct fuse_setattr_in`: which attributes are to change.
+pub(super) fn setattr_in(args: &mut Args<'_>) -> Result<SetAttr, Malformed> {
+    let valid = args.u32()?;
+    args.skip(4 + 8)?; // padding, handle
+    let size = args.u64()?;
+    args.skip(8)?; // lock owner
+    let seconds = [args.u64()?, args.u64()?, args.u64()?];
+    let nanos = [args.u32()?, args.u32()?, args.u32()?];
+    let mode = args.u32()?;
+    args.skip(4)?;
+    let (uid, gid) = (args.u32()?, args.u32()?);
+    let has = |bit: u32| valid & bit != 0;
+    let time = |index: usize| Timestamp {
+        secs: seconds[index].cast_signed(),
+        nanos: nanos[index].min(999_999_999),
     };
-    whole
-        .and_then(|at| at.checked_add(Duration::from_nanos(u64::from(time.nanos))))
-        .unwrap_or(UNIX_EPOCH)
-}
-
-/// A time from a request.
-pub(super) fn timestamp(time: SystemTime) -> Timestamp {
-    match time.duration_since(UNIX_EPOCH) {
-        Ok(after) => Timestamp {
-            secs: i64::try_from(after.as_secs()).unwrap_or(i64::MAX),
-            nanos: after.subsec_nanos(),
-        },
-        // fuser built `EPOCH - Duration(-secs, nanos)` from the protocol's (secs, nanos).
-        Err(before) => Timestamp {
-            secs: 0_i64
-                .checked_sub_unsigned(before.duration().as_secs())
-                .unwrap_or(i64::MIN),
-            nanos: before.duration().subsec_nanos(),
-        },
-    }
-}
-
-/// A time to set, from a request.
-pub(super) fn set_time(time: TimeOrNow) -> SetTime {
-    match time {
-        TimeOrNow::Now => SetTime::Now,
-        TimeOrNow::SpecificTime(at) => SetTime::At(timestamp(at)),
-    }
+    let set_time = |index: usize, given: u32, now: u32| match (has(given), has(now)) {
+        (_, true) => Some(SetTime::Now),
+        (true, false) => Some(SetTime::At(time(index))),
+        (false, false) => None,
+    };
+    use setattr_valid as v;
+    // A change of owner always takes set-id bits away (HANDLE_KILLPRIV_V2); with one of size the
+    // kernel says whether it does.
+    let chown = has(v::UID) || has(v::GID);
+    Ok(SetAttr {
+        mode: has(v::MODE).then_some(mode & 0o7777),
+        uid: has(v::UID).then_some(uid),
+        gid: has(v::GID).then_some(gid),
+        size: has(v::SIZE).then_some(size),
+        atime: set_time(0, v::ATIME, v::ATIME_NOW),
+        mtime: set_time(1, v::MTIME, v::MTIME_NOW),
+        ctime: has(v::CTIME).then(|| time(2)),
+        kill_suidgid: has(v::KILL_SUIDGID) || chown,
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// What fuser 0.18 makes of the protocol's seconds and nanoseconds.
-    fn as_fuser_does(secs: i64, nanos: u32) -> SystemTime {
-        if secs >= 0 {
-            UNIX_EPOCH + Duration::new(secs.unsigned_abs(), nanos)
-        } else {
-            UNIX_EPOCH - Duration::new(secs.unsigned_abs(), nanos)
+    fn sample() -> Attr {
+        let time = |secs| Timestamp { secs, nanos: 7 };
+        Attr {
+            ino: 3,
+            size: 4,
+            blocks: 8,
+            atime: time(-2),
+            mtime: time(1),
+            ctime: time(2),
+            btime: time(3),
+            mode: libc::S_IFREG | 0o644,
+            nlink: 1,
+            uid: 10,
+            gid: 20,
+            rdev: 0,
+            flags: 0,
+            generation: 5,
         }
     }
 
     #[test]
-    fn times_survive_the_way_in() {
-        for secs in [
-            i64::MIN + 1,
-            -2_208_988_800,
-            -2,
-            -1,
-            0,
-            1,
-            15_032_385_535,
-            i64::MAX,
-        ] {
-            for nanos in [0, 1, 999_999_999] {
-                assert_eq!(
-                    timestamp(as_fuser_does(secs, nanos)),
-                    Timestamp { secs, nanos }
-                );
-            }
-        }
+    fn structures_have_the_kernels_sizes() {
+        let timeout = Duration::from_millis(1500);
+        assert_eq!(attr_out(&sample(), timeout, 4096).as_slice().len(), 104);
+        let entry = entry_out(&sample(), timeout, 4096);
+        assert_eq!(entry.as_slice().len(), ENTRY_BYTES);
+        assert_eq!(negative_entry_out(timeout).as_slice().len(), ENTRY_BYTES);
+        assert_eq!(statx_out(&sample(), timeout, 4096).as_slice().len(), 288);
     }
 
     #[test]
-    fn times_survive_the_way_out() {
-        for secs in [i64::MIN, -2, -1, 0, 1, i64::MAX] {
-            for nanos in [0, 1, 999_999_999] {
-                let time = Timestamp { secs, nanos };
-                assert_eq!(Timestamp::from(system_time(time)).nanos, nanos);
-                if secs != i64::MIN {
-                    assert_eq!(Timestamp::from(system_time(time)), time);
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn types_of_modes_and_entries_agree() {
-        for mode in [
-            libc::S_IFDIR,
-            libc::S_IFREG,
-            libc::S_IFLNK,
-            libc::S_IFIFO,
-            libc::S_IFSOCK,
-        ] {
-            let kind = u8::try_from(mode >> 12).unwrap();
-            assert_eq!(file_type(mode | 0o755), dirent_type(kind));
-        }
+    fn times_before_1970_come_in_as_they_are() {
+        let fields = Out::default()
+            .u32(setattr_valid::MTIME | setattr_valid::ATIME_NOW | setattr_valid::UID)
+            .zeros(4 + 8 + 8 + 8)
+            .i64(0)
+            .i64(i64::MIN)
+            .i64(0)
+            .u32(0)
+            .u32(999_999_999)
+            .u32(0)
+            .u32(0)
+            .u32(0)
+            .u32(55)
+            .u32(0)
+            .u32(0);
+        let bytes = fields.as_slice();
+        let request_len = u32::try_from(40 + bytes.len()).unwrap();
+        let mut request = Out::default()
+            .u32(request_len)
+            .zeros(36)
+            .as_slice()
+            .to_vec();
+        request.extend_from_slice(bytes);
+        let (_, mut args) = InHeader::split(&request).unwrap();
+        let set = setattr_in(&mut args).unwrap();
+        assert!(matches!(set.atime, Some(SetTime::Now)));
+        let expected = Timestamp {
+            secs: i64::MIN,
+            nanos: 999_999_999,
+        };
+        assert!(matches!(set.mtime, Some(SetTime::At(time)) if time == expected));
+        assert_eq!(
+            (set.uid, set.gid, set.mode, set.size),
+            (Some(55), None, None, None)
+        );
+        assert!(set.kill_suidgid);
     }
 }

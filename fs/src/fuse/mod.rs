@@ -2,17 +2,22 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `ops.rs` | the `fuser::Filesystem` implementation, one short method per request |
-//! | `data.rs` | replies to READ and WRITE, sent from the core's completions |
-//! | `dir.rs` | READDIR and READDIRPLUS |
+//! | `protocol.rs` | numbers and layouts of the FUSE protocol |
+//! | `channel.rs` | reading requests, sending replies and notifications |
+//! | `reply.rs` | the answer to one request, from any thread |
 //! | `init.rs` | what is negotiated with the kernel |
-//! | `attr.rs` | attributes, times, errors |
+//! | `dispatch.rs` | which method serves which request |
+//! | `names.rs`, `files.rs`, `dir.rs` | these methods, short |
+//! | `attr.rs` | attributes and times |
 //! | `handles.rs` | open files by handle |
 //! | `blocking.rs` | threads for requests that wait for the devices |
 //! | `attach.rs` | mount(2) or fusermount3, and the way back |
 //! | `mounts.rs` | what /proc/self/mountinfo says |
 //! | `session.rs` | from a mounted core to a served mount point |
 //! | `stats.rs` | what is counted |
+//!
+//! The transport is our own, because no library knows all requests that Linux sends (TMPFILE,
+//! STATX, the longer SETXATTR), and because pages go out as they lie.
 //!
 //! Threads: a few read requests from the kernel, each from a file descriptor of its own. READ and
 //! WRITE are answered by whichever thread completes them in the core. Requests that wait for a
@@ -21,29 +26,33 @@
 mod attach;
 mod attr;
 mod blocking;
-mod data;
+mod channel;
 mod dir;
+mod dispatch;
+mod files;
 mod handles;
 mod init;
 pub mod mounts;
-mod ops;
+mod names;
+mod protocol;
+mod reply;
 mod session;
 mod stats;
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use fuser::{FileAttr, INodeNo, Notifier};
 use log::debug;
 use serde_json::{Value, json};
 
 pub use attach::{AttachError, MountSpec, Unmount, abort_connection, unmount, unmount_if_ours};
+pub use init::InitError;
 pub use nix::mount::MsFlags;
 pub use session::{MountHandle, Mounted, mount};
 
-use crate::{Attr, FileSystem, Ino};
-use blocking::Blocking;
+use crate::{FileSystem, Ino};
+use channel::Channel;
 use handles::Handles;
 use stats::FuseStats;
 
@@ -83,39 +92,38 @@ pub fn threads_default() -> usize {
     (2 * cores).clamp(THREADS_DEFAULT_MIN, 64)
 }
 
-/// Whether the core inherits default ACLs and keeps mode and ACL in step. Until it does, ACLs are
-/// not offered to the kernel, which then applies the umask itself.
-const ACL_SUPPORTED: bool = true;
-
 /// The state that requests share.
 struct Shared {
     fs: Arc<FileSystem>,
     handles: Handles,
     stats: FuseStats,
     options: FuseOptions,
-    /// Set before the first request is read.
-    notifier: OnceLock<Notifier>,
+    /// The connection's first channel; notifications go through it.
+    channel: Arc<Channel>,
+    /// Others than root and this user are kept out.
+    only: Option<u32>,
 }
 
 impl Shared {
     /// Has the kernel ask for the attributes of an inode again. It believes that no request but
     /// SETATTR changes a mode, so it must be told when set-id bits went with a write.
     fn forget_attributes(&self, ino: Ino) {
-        const NO_PAGES: i64 = -1;
-        if let Some(notifier) = self.notifier.get()
-            && let Err(error) = notifier.inval_inode(INodeNo(ino), NO_PAGES, 0)
-        {
+        if let Err(error) = self.channel.forget_attributes(ino) {
             debug!("inode {ino} is not in the kernel's cache: {error}");
         }
     }
 
-    /// Attributes as fuser wants them.
-    fn file_attr(&self, attr: &Attr) -> FileAttr {
-        let blksize = match self.options.cache_mode {
+    /// Whether a user is let in.
+    fn admits(&self, uid: u32) -> bool {
+        self.only.is_none_or(|owner| uid == 0 || uid == owner)
+    }
+
+    /// What `st_blksize` says.
+    fn blksize(&self) -> u32 {
+        match self.options.cache_mode {
             CacheMode::Direct => attr::BLKSIZE_DIRECT,
             CacheMode::Kernel => attr::BLKSIZE_CACHED,
-        };
-        attr::file_attr(attr, blksize)
+        }
     }
 
     /// The section `fuse` of the statistics.
@@ -129,16 +137,9 @@ impl Shared {
             "threads": self.options.threads,
             "open_files": self.handles.count(),
             "requests_in_flight": stats.in_flight.load(Relaxed),
-            "read_bytes_zero_copy": stats.read_bytes_zero_copy.load(Relaxed),
-            "read_bytes_bounced": stats.read_bytes_bounced.load(Relaxed),
+            "read_bytes": stats.read_bytes.load(Relaxed),
             "write_bytes": stats.write_bytes.load(Relaxed),
             "requests": stats.requests(),
         })
     }
-}
-
-/// What fuser calls. Cheap to move around: everything is in `Shared`.
-struct FrontEnd {
-    shared: Arc<Shared>,
-    blocking: Blocking,
 }

@@ -1,19 +1,23 @@
 //! From a mounted core to a served mount point.
 
 use std::io;
-use std::sync::{Arc, OnceLock};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread;
 
-use fuser::{Config, Session, SessionACL};
-use log::debug;
+use log::{debug, error, warn};
 use nix::errno::Errno;
 use serde_json::Value;
 
 use super::attach::{self, AttachError, MountSpec, Unmount};
 use super::blocking::Blocking;
+use super::channel::{Channel, Received, RequestBuffer};
+use super::dispatch::dispatch;
 use super::handles::Handles;
+use super::init::{InitError, handshake};
 use super::mounts::{self, MountEntry};
 use super::stats::FuseStats;
-use super::{CacheMode, FrontEnd, FuseOptions, Shared};
+use super::{CacheMode, FuseOptions, Shared};
 use crate::FileSystem;
 
 /// What the kernel's readahead is raised to where its page cache is used, in KiB: one request.
@@ -21,7 +25,6 @@ const READ_AHEAD_KB: u32 = 1024;
 
 /// A mounted file system that is not served yet. [`Mounted::serve`] does that until the end.
 pub struct Mounted {
-    session: Session<FrontEnd>,
     handle: MountHandle,
 }
 
@@ -52,41 +55,29 @@ fn start(
     fs: Arc<FileSystem>,
     spec: &MountSpec,
     options: FuseOptions,
-    connection: std::os::fd::OwnedFd,
+    connection: OwnedFd,
 ) -> Result<Mounted, AttachError> {
-    let session_error = |error: io::Error| AttachError::Session(error);
+    let not_there = || InitError::System(Errno::ENOENT);
     let entry = mounts::mount_at(&spec.mount_point)
-        .and_then(|entry| entry.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound)))
-        .map_err(session_error)?;
-    let mut config = Config::default();
-    config.n_threads = Some(options.threads);
-    config.clone_fd = attach::can_clone_connection();
+        .map_err(|_| not_there())?
+        .ok_or_else(not_there)?;
+    let channel = Arc::new(Channel::new(connection));
+    handshake(&channel, options.cache_mode)?;
+    if options.cache_mode == CacheMode::Kernel {
+        // Only now: the kernel has just set it to what was negotiated.
+        raise_read_ahead(entry.dev);
+    }
     // The kernel itself keeps others out where neither option was given.
-    let acl = match spec.allow_root && !spec.allow_other {
-        true => SessionACL::RootAndOwner,
-        false => SessionACL::All,
-    };
+    let root_and_owner = spec.allow_root && !spec.allow_other;
     let shared = Arc::new(Shared {
         fs,
         handles: Handles::default(),
         stats: FuseStats::new(),
         options,
-        notifier: OnceLock::new(),
+        channel,
+        only: root_and_owner.then(|| nix::unistd::getuid().as_raw()),
     });
-    let front_end = FrontEnd {
-        shared: Arc::clone(&shared),
-        blocking: Blocking::default(),
-    };
-    let session =
-        Session::from_fd(front_end, connection, acl, config).map_err(AttachError::Session)?;
-    // The only place that sets it.
-    drop(shared.notifier.set(session.notifier()));
-    if shared.options.cache_mode == CacheMode::Kernel {
-        // Only now: the kernel has just set it to what was negotiated.
-        raise_read_ahead(entry.dev);
-    }
     Ok(Mounted {
-        session,
         handle: MountHandle {
             shared,
             mount: entry,
@@ -103,11 +94,62 @@ impl Mounted {
     /// Answers requests until the file system is unmounted or its connection aborted. The core is
     /// then still mounted; its owner unmounts it.
     pub fn serve(self) -> io::Result<()> {
-        let served = self.session.run();
+        let shared = &self.handle.shared;
+        let blocking = Blocking::default();
+        let served = thread::scope(|scope| {
+            let mut workers = Vec::new();
+            for number in 1..shared.options.threads {
+                let (shared, blocking) = (Arc::clone(shared), blocking.clone());
+                let worker = thread::Builder::new()
+                    .name(format!("braidfs-fuse{number}"))
+                    .spawn_scoped(scope, move || {
+                        serve_channel(&shared, &blocking, &own_channel(&shared))
+                    });
+                match worker {
+                    Ok(worker) => workers.push(worker),
+                    Err(error) => warn!("only {number} threads serve requests: {error}"),
+                }
+            }
+            let mut served = serve_channel(shared, &blocking, &shared.channel);
+            for worker in workers {
+                served = served.and(worker.join().unwrap_or(Err(Errno::EIO)));
+            }
+            served
+        });
         // After an abort a dead mount is left in the tree.
         let undone = self.handle.unmount(Unmount::Lazy);
         debug!("unmounted after the session: {undone:?}");
-        served
+        Ok(served?)
+    }
+}
+
+/// A channel for one thread; the common one where the device cannot be opened again.
+fn own_channel(shared: &Shared) -> Arc<Channel> {
+    match attach::clone_connection(shared.channel.descriptor()) {
+        Ok(descriptor) => Arc::new(Channel::new(descriptor)),
+        Err(error) => {
+            debug!("threads share one descriptor of the connection: {error}");
+            Arc::clone(&shared.channel)
+        }
+    }
+}
+
+/// Serves the requests of one channel until the connection ends.
+fn serve_channel(
+    shared: &Arc<Shared>,
+    blocking: &Blocking,
+    channel: &Arc<Channel>,
+) -> Result<(), Errno> {
+    let mut buffer = RequestBuffer::new();
+    loop {
+        match channel.receive(&mut buffer) {
+            Ok(Received::Request(len)) => dispatch(shared, blocking, channel, buffer.request(len)),
+            Ok(Received::Ended) => return Ok(()),
+            Err(error) => {
+                error!("cannot read requests from the kernel: {error}");
+                return Err(error);
+            }
+        }
     }
 }
 

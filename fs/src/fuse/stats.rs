@@ -6,51 +6,10 @@ use std::time::Instant;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use super::protocol::Opcode;
+
 /// Latency buckets: bucket n holds requests that took less than 2^n microseconds.
 const BUCKETS: usize = 26;
-
-macro_rules! opcodes {
-    ($($name:ident = $text:literal,)*) => {
-        /// Requests told apart in the statistics.
-        #[derive(Clone, Copy)]
-        pub(super) enum Opcode { $($name,)* }
-        const OPCODE_NAMES: &[&str] = &[$($text,)*];
-    };
-}
-
-opcodes! {
-    Lookup = "lookup",
-    Forget = "forget",
-    Getattr = "getattr",
-    Setattr = "setattr",
-    Readlink = "readlink",
-    Mknod = "mknod",
-    Mkdir = "mkdir",
-    Create = "create",
-    Symlink = "symlink",
-    Link = "link",
-    Unlink = "unlink",
-    Rmdir = "rmdir",
-    Rename = "rename",
-    Open = "open",
-    Release = "release",
-    Flush = "flush",
-    Read = "read",
-    Write = "write",
-    Fsync = "fsync",
-    Fsyncdir = "fsyncdir",
-    Readdir = "readdir",
-    Readdirplus = "readdirplus",
-    Setxattr = "setxattr",
-    Getxattr = "getxattr",
-    Listxattr = "listxattr",
-    Removexattr = "removexattr",
-    Statfs = "statfs",
-    Fallocate = "fallocate",
-    Lseek = "lseek",
-    CopyFileRange = "copy_file_range",
-    Ioctl = "ioctl",
-}
 
 /// Counters of one opcode.
 #[derive(Default)]
@@ -65,8 +24,7 @@ struct OpcodeStats {
 /// All counters of a front end.
 pub struct FuseStats {
     opcodes: Vec<OpcodeStats>,
-    pub(super) read_bytes_zero_copy: AtomicU64,
-    pub(super) read_bytes_bounced: AtomicU64,
+    pub(super) read_bytes: AtomicU64,
     pub(super) write_bytes: AtomicU64,
     pub(super) in_flight: AtomicU64,
 }
@@ -80,12 +38,11 @@ pub(super) struct Timer {
 impl FuseStats {
     pub(super) fn new() -> Self {
         Self {
-            opcodes: OPCODE_NAMES
+            opcodes: Opcode::NAMES
                 .iter()
                 .map(|_| OpcodeStats::default())
                 .collect(),
-            read_bytes_zero_copy: AtomicU64::new(0),
-            read_bytes_bounced: AtomicU64::new(0),
+            read_bytes: AtomicU64::new(0),
             write_bytes: AtomicU64::new(0),
             in_flight: AtomicU64::new(0),
         }
@@ -117,7 +74,7 @@ impl FuseStats {
     /// The opcodes that were seen, by name.
     pub(super) fn requests(&self) -> Map<String, Value> {
         let mut requests = Map::new();
-        for (name, stats) in OPCODE_NAMES.iter().zip(&self.opcodes) {
+        for (name, stats) in Opcode::NAMES.iter().zip(&self.opcodes) {
             let count = stats.count.load(Relaxed);
             if count > 0 {
                 let view = OpcodeView::new(stats, count);

@@ -1,0 +1,168 @@
+//! One way to the kernel: a descriptor of the connection, from which requests are read and to
+//! which their replies go.
+//!
+//! A request must be answered through the descriptor that it was read from. Replies come from any
+//! thread: one writev(2) each, straight from the pages that they carry.
+
+use std::io::IoSlice;
+use std::os::fd::{AsFd, OwnedFd};
+
+use log::debug;
+use nix::errno::Errno;
+use nix::sys::uio::writev;
+use smallvec::SmallVec;
+
+use super::protocol::{
+    NOTIFY_INVAL_INODE, Out, REQUEST_BYTES_MAX, WRITE_HEADERS, notify_header, out_header,
+};
+
+/// Pieces of a reply that need no allocation: its header, and 1 MiB in single pages that does not
+/// begin at a page border.
+const PIECES: usize = 1 + REQUEST_BYTES_MAX / PAGE + 1;
+const PAGE: usize = 4096;
+
+/// Pieces of a reply.
+pub(super) type Pieces<'a> = SmallVec<[IoSlice<'a>; PIECES]>;
+
+/// A descriptor of the connection.
+pub(super) struct Channel(OwnedFd);
+
+/// What a read brought.
+pub(super) enum Received {
+    /// A request of that many bytes.
+    Request(usize),
+    /// The connection has ended: unmounted, or aborted.
+    Ended,
+}
+
+impl Channel {
+    pub(super) fn new(descriptor: OwnedFd) -> Self {
+        Self(descriptor)
+    }
+
+    /// The descriptor, to clone it.
+    pub(super) fn descriptor(&self) -> &OwnedFd {
+        &self.0
+    }
+
+    /// Waits for the next request.
+    pub(super) fn receive(&self, buffer: &mut RequestBuffer) -> Result<Received, Errno> {
+        loop {
+            match nix::unistd::read(self.0.as_fd(), buffer.space()) {
+                Ok(len) => return Ok(Received::Request(len)),
+                // ENOENT: the request was taken back while it was handed over.
+                Err(Errno::EINTR | Errno::EAGAIN | Errno::ENOENT) => {}
+                Err(Errno::ENODEV | Errno::ECONNABORTED) => return Ok(Received::Ended),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Answers a request with an errno, or 0 for success without anything more.
+    pub(super) fn send_error(&self, unique: u64, error: i32) -> Result<(), Errno> {
+        self.write(&[IoSlice::new(out_header(unique, error, 0).as_slice())])
+    }
+
+    /// Answers a request with bytes.
+    pub(super) fn send(&self, unique: u64, payload: &[u8]) -> Result<(), Errno> {
+        let header = out_header(unique, 0, payload.len());
+        self.write(&[IoSlice::new(header.as_slice()), IoSlice::new(payload)])
+    }
+
+    /// Answers a request with bytes in pieces, `len` of them in all.
+    pub(super) fn send_pieces<'a>(
+        &self,
+        unique: u64,
+        len: usize,
+        payload: impl Iterator<Item = &'a [u8]>,
+    ) -> Result<(), Errno> {
+        let header = out_header(unique, 0, len);
+        let mut pieces = Pieces::new();
+        pieces.push(IoSlice::new(header.as_slice()));
+        for piece in payload {
+            pieces.push(IoSlice::new(piece));
+        }
+        self.write(&pieces)
+    }
+
+    /// Has the kernel forget the attributes of an inode; its pages stay.
+    pub(super) fn forget_attributes(&self, nodeid: u64) -> Result<(), Errno> {
+        const NO_PAGES: i64 = -1;
+        let body = Out::default().u64(nodeid).i64(NO_PAGES).i64(0);
+        let header = notify_header(NOTIFY_INVAL_INODE, body.as_slice().len());
+        self.write(&[
+            IoSlice::new(header.as_slice()),
+            IoSlice::new(body.as_slice()),
+        ])
+    }
+
+    fn write(&self, pieces: &[IoSlice<'_>]) -> Result<(), Errno> {
+        match writev(self.0.as_fd(), pieces) {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                // ENOENT: nobody waits for this reply any more.
+                debug!("a reply was not taken: {error}");
+                Err(error)
+            }
+        }
+    }
+}
+
+/// Where a thread reads requests. The payload of a WRITE comes to lie at a page border.
+pub(super) struct RequestBuffer {
+    memory: Vec<u8>,
+    /// Where requests begin in `memory`.
+    start: usize,
+}
+
+impl RequestBuffer {
+    pub(super) fn new() -> Self {
+        let memory = vec![0; 2 * PAGE + REQUEST_BYTES_MAX];
+        let payload = memory.as_ptr().align_offset(PAGE);
+        // Room for the headers in front; a vector cannot be so oddly placed that there is no
+        // aligned byte within a page.
+        let payload = if payload >= WRITE_HEADERS {
+            payload
+        } else {
+            payload + PAGE
+        };
+        let start = payload.saturating_sub(WRITE_HEADERS);
+        Self { memory, start }
+    }
+
+    fn space(&mut self) -> &mut [u8] {
+        let end = self.start + WRITE_HEADERS + REQUEST_BYTES_MAX;
+        &mut self.memory[self.start..end]
+    }
+
+    /// The first `len` bytes: the request that was read last.
+    pub(super) fn request(&self, len: usize) -> &[u8] {
+        &self.memory[self.start..self.start + len]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn payloads_lie_at_page_borders() {
+        for _ in 0..8 {
+            let mut buffer = RequestBuffer::new();
+            assert_eq!(buffer.space().len(), WRITE_HEADERS + REQUEST_BYTES_MAX);
+            let payload = buffer.request(WRITE_HEADERS + 1)[WRITE_HEADERS..].as_ptr();
+            assert_eq!(payload.align_offset(PAGE), 0);
+        }
+    }
+
+    #[test]
+    fn a_reply_goes_out_in_one_piece() {
+        let (read, write) = nix::unistd::pipe().unwrap();
+        let channel = Channel::new(write);
+        let pieces = [&b"one"[..], b"two"];
+        channel.send_pieces(5, 6, pieces.into_iter()).unwrap();
+        let mut bytes = [0; 64];
+        assert_eq!(nix::unistd::read(read.as_fd(), &mut bytes), Ok(22));
+        assert_eq!(&bytes[16..22], b"onetwo");
+    }
+}

@@ -1,0 +1,285 @@
+//! Requests about open files: translate, call the core, answer. READ and WRITE are answered by
+//! whichever thread completes them in the core; what waits for a commit or copies much goes to
+//! the `blocking` threads.
+
+use std::sync::Arc;
+
+use super::attr::cred;
+use super::dispatch::{Parsed, Request};
+use super::protocol::{
+    Args, FSYNC_DATA, Malformed, OPEN_KILL_SUIDGID, Out, WRITE_CACHE, WRITE_KILL_SUIDGID,
+    open_reply,
+};
+use super::{CacheMode, Shared};
+use crate::{Attr, Cred, Errno, OpenFile, SetAttr, WriteFlags};
+
+/// Largest piece of a copy_file_range in one request: the caller is to be interruptible between
+/// pieces.
+const COPY_BYTES_MAX: u64 = 256 << 20;
+
+/// Owner of a request whose privileged side effects the kernel would not suppress.
+const ROOT_UID: u32 = 0;
+
+impl Shared {
+    /// How an open file is to be treated by the kernel.
+    fn open_reply(&self, flags: i32) -> u32 {
+        let mut reply = match self.options.cache_mode {
+            CacheMode::Direct => open_reply::DIRECT_IO | open_reply::PARALLEL_DIRECT_WRITES,
+            CacheMode::Kernel => open_reply::KEEP_CACHE,
+        };
+        // Only writers have errors to hear about when they close.
+        if flags & libc::O_ACCMODE == libc::O_RDONLY {
+            reply |= open_reply::NOFLUSH;
+        }
+        reply
+    }
+
+    pub(super) fn file(&self, handle: u64) -> Result<Arc<OpenFile>, Errno> {
+        self.handles.get(handle).ok_or(Errno::BADF)
+    }
+
+    /// open(2), with O_TRUNC, which the kernel leaves to us (ATOMIC_O_TRUNC).
+    fn open(&self, ino: u64, flags: i32, kill: bool, cred: &Cred) -> Result<Arc<OpenFile>, Errno> {
+        let file = self.fs.open(ino, flags & !libc::O_TRUNC)?;
+        if flags & libc::O_TRUNC != 0 {
+            let set = SetAttr {
+                size: Some(0),
+                kill_suidgid: kill,
+                ..SetAttr::default()
+            };
+            if let Err(error) = self.fs.setattr(ino, &set, cred) {
+                self.fs.release(&file);
+                return Err(error);
+            }
+        }
+        Ok(file)
+    }
+
+    /// Whether a file has set-id bits, which most changes of its content take away.
+    fn has_set_ids(&self, file: &OpenFile) -> bool {
+        const SET_IDS: u32 = libc::S_ISUID | libc::S_ISGID;
+        self.fs
+            .getattr(file.ino())
+            .is_ok_and(|attr| attr.mode & SET_IDS != 0)
+    }
+
+    /// Changes of content that are no WRITE carry no flag for it: an ordinary user's clear the
+    /// set-id bits.
+    fn drop_set_ids(&self, uid: u32, file: &OpenFile) -> Result<(), Errno> {
+        if uid == ROOT_UID || !self.has_set_ids(file) {
+            return Ok(());
+        }
+        let set = SetAttr {
+            kill_suidgid: true,
+            ..SetAttr::default()
+        };
+        self.fs.setattr(file.ino(), &set, &Cred::default())?;
+        self.forget_attributes(file.ino());
+        Ok(())
+    }
+}
+
+/// `struct fuse_create_in` and the name behind it.
+struct CreateIn<'a> {
+    flags: i32,
+    mode: u32,
+    umask: u32,
+    name: &'a [u8],
+}
+
+impl<'a> CreateIn<'a> {
+    fn parse(args: &mut Args<'a>) -> Result<Self, Malformed> {
+        let flags = args.u32()?.cast_signed();
+        let (mode, umask) = (args.u32()?, args.u32()?);
+        args.skip(4)?;
+        let name = args.name()?;
+        Ok(Self {
+            flags,
+            mode,
+            umask,
+            name,
+        })
+    }
+}
+
+impl Request<'_> {
+    pub(super) fn open(mut self) -> Parsed {
+        let flags = self.args.u32()?.cast_signed();
+        let kill = self.args.u32()? & OPEN_KILL_SUIDGID != 0;
+        let cred = cred(&self.header, 0);
+        let opened = self.shared.open(self.header.nodeid, flags, kill, &cred);
+        let how = self.shared.open_reply(flags);
+        self.reply.opened(opened.map(|file| (file, how)));
+        Ok(())
+    }
+
+    pub(super) fn create(mut self) -> Parsed {
+        let new = CreateIn::parse(&mut self.args)?;
+        let cred = cred(&self.header, new.umask);
+        let parent = self.header.nodeid;
+        let fs = &self.shared.fs;
+        let created = fs.create(parent, new.name, new.mode, new.flags, &cred);
+        self.created(created, new.flags)
+    }
+
+    fn created(self, created: Result<(Attr, Arc<OpenFile>), Errno>, flags: i32) -> Parsed {
+        let how = self.shared.open_reply(flags);
+        self.reply
+            .created(created.map(|(attr, file)| (attr, file, how)));
+        Ok(())
+    }
+
+    /// Directories need no state of their own: a listing goes on from the cookie it is given.
+    pub(super) fn opendir(self) -> Parsed {
+        self.reply.out(Ok(Out::default().zeros(16)));
+        Ok(())
+    }
+
+    pub(super) fn read(mut self) -> Parsed {
+        let (handle, offset, size) = (self.args.u64()?, self.args.u64()?, self.args.u32()?);
+        self.args.skip(4 + 8)?; // read flags, lock owner
+        let direct = self.args.u32()?.cast_signed() & libc::O_DIRECT != 0;
+        let file = match self.shared.file(handle) {
+            Ok(file) => file,
+            Err(error) => {
+                self.reply.empty(Err(error));
+                return Ok(());
+            }
+        };
+        let reply = self.reply;
+        let done = Box::new(move |result| reply.pages(result));
+        self.shared
+            .fs
+            .read(&file, offset, size as usize, direct, done);
+        Ok(())
+    }
+
+    pub(super) fn write(mut self) -> Parsed {
+        let (handle, offset) = (self.args.u64()?, self.args.u64()?);
+        let (size, write_flags) = (self.args.u32()?, self.args.u32()?);
+        self.args.skip(8)?; // lock owner
+        let open_flags = self.args.u32()?.cast_signed();
+        self.args.skip(4)?;
+        let data = self.args.bytes(size as usize)?;
+        let file = match self.shared.file(handle) {
+            Ok(file) => file,
+            Err(error) => {
+                self.reply.empty(Err(error));
+                return Ok(());
+            }
+        };
+        let shared = self.shared;
+        let cached = write_flags & WRITE_CACHE != 0;
+        let direct = !cached && open_flags & libc::O_DIRECT != 0;
+        let flags = WriteFlags {
+            kill_suidgid: write_flags & WRITE_KILL_SUIDGID != 0,
+            // Pages of a shared mapping come with this flag in either mode, but only with its
+            // write-back cache does the kernel keep size and times itself.
+            from_kernel_cache: cached && shared.options.cache_mode == CacheMode::Kernel,
+        };
+        // Nobody looks at attributes on this way unless set-id bits are to go.
+        let forget = (flags.kill_suidgid && shared.has_set_ids(&file))
+            .then(|| (Arc::clone(shared), file.ino()));
+        let reply = self.reply;
+        let done = Box::new(move |result| {
+            if let Some((shared, ino)) = forget {
+                shared.forget_attributes(ino);
+            }
+            reply.written(result);
+        });
+        shared.fs.write(&file, offset, data, direct, flags, done);
+        Ok(())
+    }
+
+    pub(super) fn flush(mut self) -> Parsed {
+        let file = self.shared.file(self.args.u64()?);
+        self.reply
+            .empty(file.and_then(|file| self.shared.fs.flush(&file)));
+        Ok(())
+    }
+
+    pub(super) fn release(mut self) -> Parsed {
+        let file = self.shared.handles.remove(self.args.u64()?);
+        let released = file.map(|file| self.shared.fs.release(&file));
+        self.reply.empty(released.ok_or(Errno::BADF));
+        Ok(())
+    }
+
+    pub(super) fn fsync(mut self) -> Parsed {
+        let (handle, flags) = (self.args.u64()?, self.args.u32()?);
+        let (shared, reply) = (Arc::clone(self.shared), self.reply);
+        self.blocking.run(move || {
+            let file = shared.file(handle);
+            let datasync = flags & FSYNC_DATA != 0;
+            reply.empty(file.and_then(|file| shared.fs.fsync(&file, datasync)));
+        });
+        Ok(())
+    }
+
+    pub(super) fn fsyncdir(self) -> Parsed {
+        let (shared, reply, ino) = (Arc::clone(self.shared), self.reply, self.header.nodeid);
+        self.blocking
+            .run(move || reply.empty(shared.fs.fsync_dir(ino)));
+        Ok(())
+    }
+
+    /// syncfs(2), where the kernel passes it on.
+    pub(super) fn syncfs(self) -> Parsed {
+        let (shared, reply) = (Arc::clone(self.shared), self.reply);
+        self.blocking.run(move || reply.empty(shared.fs.sync()));
+        Ok(())
+    }
+
+    pub(super) fn fallocate(mut self) -> Parsed {
+        let (handle, offset, length) = (self.args.u64()?, self.args.u64()?, self.args.u64()?);
+        let mode = self.args.u32()?.cast_signed();
+        let (shared, reply, uid) = (Arc::clone(self.shared), self.reply, self.header.uid);
+        self.blocking.run(move || {
+            let result = shared.file(handle).and_then(|file| {
+                shared.drop_set_ids(uid, &file)?;
+                shared.fs.fallocate(&file, mode, offset, length)
+            });
+            reply.empty(result);
+        });
+        Ok(())
+    }
+
+    pub(super) fn lseek(mut self) -> Parsed {
+        let (handle, offset) = (self.args.u64()?, self.args.u64()?);
+        let whence = self.args.u32()?.cast_signed();
+        let result = self.shared.file(handle).and_then(|file| {
+            if offset > i64::MAX.cast_unsigned() {
+                return Err(Errno::NXIO);
+            }
+            self.shared.fs.lseek(&file, offset, whence)
+        });
+        self.reply.out(result.map(|at| Out::default().u64(at)));
+        Ok(())
+    }
+
+    /// COPY_FILE_RANGE; `wide`: with a reply of 64 bits.
+    pub(super) fn copy_file_range(mut self, wide: bool) -> Parsed {
+        let (handle_in, offset_in) = (self.args.u64()?, self.args.u64()?);
+        self.args.skip(8)?; // inode to write to
+        let (handle_out, offset_out) = (self.args.u64()?, self.args.u64()?);
+        let len = self.args.u64()?.min(COPY_BYTES_MAX);
+        let (shared, reply, uid) = (Arc::clone(self.shared), self.reply, self.header.uid);
+        self.blocking.run(move || {
+            let copied = shared.file(handle_in).and_then(|from| {
+                let to = shared.file(handle_out)?;
+                shared.drop_set_ids(uid, &to)?;
+                shared
+                    .fs
+                    .copy_file_range(&from, offset_in, &to, offset_out, len)
+            });
+            reply.out(copied.map(|copied| {
+                if wide {
+                    return Out::default().u64(copied);
+                }
+                let copied = u32::try_from(copied).unwrap_or(u32::MAX);
+                Out::default().u32(copied).u32(0)
+            }));
+        });
+        Ok(())
+    }
+}
