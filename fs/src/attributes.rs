@@ -5,8 +5,10 @@
 //! of a size in between, and the next mount completes it.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use crate::filesystem::FileSystem;
+use crate::flags;
 use crate::inode::{Inode, PAGE};
 use crate::meta::records::{Orphan, ino_key};
 use crate::meta::store::Table;
@@ -42,10 +44,11 @@ impl FileSystem {
     pub fn setattr(&self, ino: Ino, set: &SetAttr, _cred: &Cred) -> Result<Attr, Errno> {
         self.check_writable()?;
         let inode = self.inode(ino)?;
+        flags::check_setattr(&inode.state.lock().attr, set)?;
         if let Some(size) = set.size {
             self.truncate(&inode, size)?;
         }
-        let _pass = self.gate.enter();
+        let pass = self.gate.enter();
         {
             let mut state = inode.state.lock();
             let attr = &mut state.attr;
@@ -75,6 +78,8 @@ impl FileSystem {
             self.acl_follow_mode(ino, mode)?;
         }
         self.mark_dirty(&inode);
+        drop(pass);
+        self.end_change(&inode)?;
         Ok(inode.attr())
     }
 
@@ -131,9 +136,13 @@ impl FileSystem {
     }
 
     /// Sets or removes the row that names the goal of a truncation in steps. An inode without a
-    /// name has another row there, which says that it is to be deleted, and which stays.
+    /// name has another row there, which says that it is to be deleted, and which stays (until it
+    /// gets its first name: then that row takes the goal).
     fn note_truncation(&self, inode: &Inode, goal: Option<u64>) {
         let state = inode.state.lock();
+        inode
+            .truncating
+            .store(goal.unwrap_or(u64::MAX), Ordering::SeqCst);
         if state.attr.nlink == 0 {
             return;
         }

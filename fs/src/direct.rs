@@ -107,7 +107,7 @@ impl FileSystem {
         flags: WriteFlags,
     ) -> Result<u32, Errno> {
         let len = frames.len();
-        self.check_write(file, offset, len)?;
+        self.check_write(file, offset, len, flags)?;
         if !offset.is_multiple_of(PAGE) || !(len as u64).is_multiple_of(PAGE) {
             return Err(Errno::INVAL);
         }

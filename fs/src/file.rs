@@ -122,6 +122,7 @@ impl FileSystem {
     /// Opens a file. Permission is the kernel's business.
     pub fn open(&self, ino: Ino, flags: i32) -> Result<Arc<OpenFile>, Errno> {
         let inode = self.inode(ino)?;
+        crate::flags::check_open(&inode.state.lock().attr, flags)?;
         if flags & libc::O_ACCMODE != libc::O_RDONLY {
             self.check_writable()?;
         }
@@ -240,7 +241,10 @@ impl FileSystem {
     /// the next commit that has another reason.
     fn touch_accessed(&self, inode: &Arc<Inode>, attr: &crate::Attr) {
         const DAY_SECS: i64 = 24 * 60 * 60;
-        if self.options.read_only || self.options.atime == AtimeMode::Noatime {
+        if self.options.read_only
+            || self.options.atime == AtimeMode::Noatime
+            || attr.flags & crate::FLAG_NOATIME != 0
+        {
             return;
         }
         let now = Timestamp::now();
@@ -281,7 +285,9 @@ impl FileSystem {
             self.write_cached(file, offset, data, flags)
         };
         let written = written.and_then(|count| {
-            let durable = self.options.sync || file.flags & (libc::O_SYNC | libc::O_DSYNC) != 0;
+            let durable = self.options.sync
+                || file.flags & (libc::O_SYNC | libc::O_DSYNC) != 0
+                || file.inode.is_sync();
             if durable && !flags.from_kernel_cache {
                 self.fsync(file, true)?;
             }
@@ -295,10 +301,16 @@ impl FileSystem {
         file: &OpenFile,
         offset: u64,
         len: usize,
+        flags: WriteFlags,
     ) -> Result<(), Errno> {
         self.check_writable()?;
-        if file.inode.state.lock().attr.is_dir() {
+        let attr = file.inode.state.lock().attr;
+        if attr.is_dir() {
             return Err(Errno::ISDIR);
+        }
+        // What the kernel has in its cache was written before.
+        if !flags.from_kernel_cache {
+            crate::flags::check_grow(&attr)?;
         }
         match offset.checked_add(len as u64) {
             Some(end) if end <= FILE_SIZE_MAX && len <= IO_BYTES_MAX => Ok(()),
@@ -313,7 +325,7 @@ impl FileSystem {
         data: &[u8],
         flags: WriteFlags,
     ) -> Result<u32, Errno> {
-        self.check_write(file, offset, data.len())?;
+        self.check_write(file, offset, data.len(), flags)?;
         let Some(pages) = PageRange::covering(offset, data.len() as u64) else {
             return Ok(0);
         };

@@ -30,8 +30,14 @@ impl FileSystem {
     ) -> Result<(), Errno> {
         self.check_writable()?;
         let inode = &file.inode;
-        if !inode.state.lock().attr.is_file() {
+        let attr = inode.state.lock().attr;
+        if !attr.is_file() {
             return Err(Errno::NOTSUP);
+        }
+        if mode & !libc::FALLOC_FL_KEEP_SIZE == 0 {
+            crate::flags::check_grow(&attr)?;
+        } else {
+            crate::flags::check_change(&attr)?;
         }
         let end = offset.checked_add(len).filter(|&end| end <= FILE_SIZE_MAX);
         let end = end.ok_or(Errno::FBIG)?;
@@ -48,14 +54,15 @@ impl FileSystem {
             }
             _ => return Err(Errno::NOTSUP),
         }
-        let _pass = self.gate.enter();
+        let pass = self.gate.enter();
         if !keep_size {
             let mut state = inode.state.lock();
             state.attr.size = state.attr.size.max(end);
         }
         inode.touch_modified();
         self.mark_dirty(inode);
-        Ok(())
+        drop(pass);
+        self.end_change(inode)
     }
 
     /// Sets blocks aside for the holes of a range, in bounded steps.

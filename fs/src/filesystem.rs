@@ -120,7 +120,7 @@ pub fn format(volume: Arc<Volume>) -> Result<(), MountError> {
     };
     let root = InodeRecord {
         attr,
-        next_cookie: crate::namespace::COOKIE_FIRST,
+        next_cookie: crate::listing::COOKIE_FIRST,
         parent: ROOT_INO,
     };
     {

@@ -360,6 +360,12 @@ impl Check<'_> {
                     2 * seen.name_bytes
                 ));
             }
+            let unknown = attr.flags & !crate::flags::flags_of_type(attr.mode);
+            if unknown != 0 {
+                wrong(format!(
+                    "has flags {unknown:#x}, which its type cannot have"
+                ));
+            }
             if attr.is_file() && attr.blocks != seen.blocks * (PAGE / 512) {
                 let blocks = seen.blocks * (PAGE / 512);
                 wrong(format!(

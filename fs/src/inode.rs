@@ -16,7 +16,7 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::meta::records::InodeRecord;
 use crate::range_lock::RangeLock;
-use crate::{Attr, Errno, Ino, Timestamp};
+use crate::{Attr, Errno, FLAG_SYNC, Ino, Timestamp};
 
 /// Bytes of a page and of a block.
 pub(crate) const PAGE: u64 = braidfs_blockdev::BLOCK_SIZE;
@@ -44,6 +44,10 @@ pub(crate) struct Inode {
     pub queued: AtomicBool,
     /// Gone from the tables; only memory is left.
     pub deleted: AtomicBool,
+    /// Made without a name, and may still get its first one.
+    pub linkable: AtomicBool,
+    /// The goal of a truncation in steps; `u64::MAX`: none is under way. Changes under `state`.
+    pub truncating: AtomicU64,
     /// The last transaction group that changed it.
     pub changed_in: AtomicU64,
 }
@@ -61,6 +65,8 @@ impl Inode {
             opens: AtomicU32::new(0),
             queued: AtomicBool::new(false),
             deleted: AtomicBool::new(false),
+            linkable: AtomicBool::new(false),
+            truncating: AtomicU64::new(u64::MAX),
             changed_in: AtomicU64::new(0),
         })
     }
@@ -107,6 +113,11 @@ impl Inode {
         let mut state = self.state.lock();
         state.attr.mtime = now;
         state.attr.ctime = now;
+    }
+
+    /// Whether each change of it is to be durable at once.
+    pub(crate) fn is_sync(&self) -> bool {
+        self.state.lock().attr.flags & FLAG_SYNC != 0
     }
 
     /// Sets ctime.

@@ -17,10 +17,12 @@ mod extent_map;
 mod file;
 mod file_ranges;
 mod filesystem;
+mod flags;
 pub mod fsck;
 pub mod fuse;
 mod inode;
 mod latch;
+mod listing;
 mod meta;
 mod namespace;
 mod options;
@@ -34,5 +36,9 @@ pub use alloc::SpaceStats;
 pub use commit::TxgStats;
 pub use file::{IO_BYTES_MAX, OpenFile, ReadDone, ReadReply, WriteDone};
 pub use filesystem::{FileSystem, FsStats, MountError, format};
+pub use flags::{
+    FLAG_APPEND, FLAG_DIRSYNC, FLAG_IMMUTABLE, FLAG_NOATIME, FLAG_NODUMP, FLAG_NOTAIL, FLAG_SYNC,
+    FLAGS_KNOWN,
+};
 pub use options::*;
 pub use types::*;

@@ -1,8 +1,9 @@
-//! Names: lookup, creation, links, renames, deletion and listing.
+//! Names: lookup, creation, links, renames and deletion.
 //!
-//! An entry stands twice: by name, for lookup, and by cookie, for listing. Cookies only grow
-//! within a directory, so a listing that others change meanwhile neither repeats nor skips the
-//! entries that stay. A directory's size is twice the bytes of its names: 0 means empty.
+//! An entry stands twice: by name, for lookup, and by cookie, for listing (see
+//! [`crate::listing`]). Cookies only grow within a directory, and a name keeps its cookie when it
+//! comes to stand for something else. A directory's size is twice the bytes of its names: 0 means
+//! empty.
 //!
 //! Order of locks: the gate, `rename` (a directory changes its parent), directories by number.
 
@@ -13,24 +14,17 @@ use parking_lot::MutexGuard;
 
 use crate::file::OpenFile;
 use crate::filesystem::FileSystem;
+use crate::flags;
 use crate::inode::Inode;
+use crate::listing::COOKIE_FIRST;
 use crate::meta::records::{
-    DentryRecord, InodeRecord, Orphan, decode_cookie_entry, dt_of_mode, encode_cookie_entry,
-    ino_key, key_u64, name_key, pair_key,
+    DentryRecord, InodeRecord, Orphan, dt_of_mode, encode_cookie_entry, ino_key, name_key, pair_key,
 };
 use crate::meta::store::Table;
-use crate::{
-    Attr, Cred, DirEntry, Errno, Ino, LINK_MAX, NAME_MAX, ROOT_INO, SYMLINK_MAX, Timestamp,
-};
+use crate::{Attr, Cred, Errno, Ino, LINK_MAX, NAME_MAX, ROOT_INO, SYMLINK_MAX, Timestamp};
 
-const COOKIE_DOT: u64 = 1;
-const COOKIE_DOTDOT: u64 = 2;
-
-/// The first entry of a directory has this cookie; "." and ".." stand before it.
-pub(crate) const COOKIE_FIRST: u64 = 3;
-
-/// Entries that one step of a listing fetches.
-const LIST_BATCH: usize = 128;
+/// Most links of a directory: two, and one for each directory in it.
+const DIR_LINK_MAX: u32 = i32::MAX as u32;
 
 fn check_name(name: &[u8]) -> Result<(), Errno> {
     if name.len() > NAME_MAX {
@@ -57,6 +51,13 @@ struct NewNode<'a> {
     rdev: u32,
     target: Option<&'a [u8]>,
 }
+
+/// What RENAME_WHITEOUT leaves behind.
+const WHITEOUT: NewNode<'static> = NewNode {
+    mode: libc::S_IFCHR,
+    rdev: 0,
+    target: None,
+};
 
 /// Locks directories in the order of their numbers, each once.
 fn lock_dirs<'a>(dirs: &mut Vec<&'a Arc<Inode>>) -> Vec<MutexGuard<'a, ()>> {
@@ -91,12 +92,16 @@ impl FileSystem {
             state.attr.size += 2 * name.len() as u64;
             cookie
         };
-        let record = DentryRecord { ino, cookie, kind };
+        self.put_entry(dir, name, &DentryRecord { ino, cookie, kind });
+    }
+
+    /// Sets what a name stands for. The caller has counted the name.
+    fn put_entry(&self, dir: &Arc<Inode>, name: &[u8], record: &DentryRecord) {
         self.store
             .put(Table::Dentries, &name_key(dir.ino, name), &record.encode());
-        let entry = encode_cookie_entry(ino, kind, name);
+        let entry = encode_cookie_entry(record.ino, record.kind, name);
         self.store
-            .put(Table::Cookies, &pair_key(dir.ino, cookie), &entry);
+            .put(Table::Cookies, &pair_key(dir.ino, record.cookie), &entry);
         dir.touch_modified();
         self.mark_dirty(dir);
     }
@@ -124,12 +129,15 @@ impl FileSystem {
 
     /// An inode lost its last name (a directory: was removed).
     fn make_orphan(&self, inode: &Arc<Inode>) {
-        inode.state.lock().attr.nlink = 0;
+        let mut state = inode.state.lock();
+        state.attr.nlink = 0;
+        state.attr.ctime = Timestamp::now();
         self.store.put(
             Table::Orphans,
             &ino_key(inode.ino),
             &Orphan::Delete.encode(),
         );
+        drop(state);
         self.mark_dirty(inode);
     }
 
@@ -186,28 +194,50 @@ impl FileSystem {
         self.balance_group()?;
         let dir = self.inode(parent)?;
         dir.check_dir()?;
-        let _pass = self.gate.enter();
-        let _dir = dir.dir.lock();
-        let inode = self.make_locked(&dir, name, node, cred)?;
-        inode.lookups.fetch_add(1, Ordering::SeqCst);
+        let inode = {
+            let _pass = self.gate.enter();
+            let _dir = dir.dir.lock();
+            let dir_attr = dir.state.lock().attr;
+            if dir_attr.nlink == 0 {
+                return Err(Errno::NOENT);
+            }
+            if self.entry(&dir, name)?.is_some() {
+                return Err(Errno::EXIST);
+            }
+            flags::check_grow(&dir_attr)?;
+            let is_dir = node.mode & libc::S_IFMT == libc::S_IFDIR;
+            if is_dir && dir_attr.nlink >= DIR_LINK_MAX {
+                return Err(Errno::MLINK);
+            }
+            let inode = self.new_inode(&dir, node, cred)?;
+            self.insert_entry(&dir, name, inode.ino, dt_of_mode(node.mode));
+            if is_dir {
+                self.add_links(&dir, 1);
+            }
+            inode.lookups.fetch_add(1, Ordering::SeqCst);
+            inode
+        };
+        self.end_counted(&[&dir], inode)
+    }
+
+    /// After an operation that counted a reference to `inode`: durable where that was asked for.
+    fn end_counted(&self, dirs: &[&Arc<Inode>], inode: Arc<Inode>) -> Result<Arc<Inode>, Errno> {
+        if let Err(error) = self.end_names(dirs) {
+            self.forget(inode.ino, 1);
+            return Err(error);
+        }
         Ok(inode)
     }
 
-    /// Makes an inode and its entry. The caller holds a pass and the directory's lock.
-    fn make_locked(
+    /// Makes an inode with one link (a directory: two), but no entry. The caller holds a pass and
+    /// the lock of the directory that it is for.
+    fn new_inode(
         &self,
         dir: &Arc<Inode>,
-        name: &[u8],
         node: &NewNode<'_>,
         cred: &Cred,
     ) -> Result<Arc<Inode>, Errno> {
         let dir_attr = dir.state.lock().attr;
-        if dir_attr.nlink == 0 {
-            return Err(Errno::NOENT);
-        }
-        if self.entry(dir, name)?.is_some() {
-            return Err(Errno::EXIST);
-        }
         let is_dir = node.mode & libc::S_IFMT == libc::S_IFDIR;
         let inherits = dir_attr.mode & libc::S_ISGID != 0;
         let mut mode = node.mode;
@@ -230,7 +260,7 @@ impl FileSystem {
             uid: cred.uid,
             gid: if inherits { dir_attr.gid } else { cred.gid },
             rdev: node.rdev,
-            flags: 0,
+            flags: flags::inherited(dir_attr.flags, mode),
             generation: 1,
         };
         let inode = Inode::new(InodeRecord {
@@ -243,10 +273,6 @@ impl FileSystem {
         }
         self.inodes.insert(&inode);
         self.inode_count.fetch_add(1, Ordering::SeqCst);
-        self.insert_entry(dir, name, ino, dt_of_mode(mode));
-        if is_dir {
-            self.add_links(dir, 1);
-        }
         self.mark_dirty(&inode);
         Ok(inode)
     }
@@ -311,6 +337,42 @@ impl FileSystem {
         Ok((inode.attr(), self.open_inode(&inode, flags)))
     }
 
+    /// Makes a regular file without a name and opens it. [`FileSystem::link`] may give it its first
+    /// name, unless `flags` has O_EXCL; without one it goes with its last user, or with a crash.
+    /// Counts a reference.
+    pub fn tmpfile(
+        &self,
+        parent: Ino,
+        mode: u32,
+        flags: i32,
+        cred: &Cred,
+    ) -> Result<(Attr, Arc<OpenFile>), Errno> {
+        self.check_writable()?;
+        self.check_meta_room()?;
+        self.balance_group()?;
+        let dir = self.inode(parent)?;
+        dir.check_dir()?;
+        let _pass = self.gate.enter();
+        let _dir = dir.dir.lock();
+        let dir_attr = dir.state.lock().attr;
+        if dir_attr.nlink == 0 {
+            return Err(Errno::NOENT);
+        }
+        flags::check_grow(&dir_attr)?;
+        let node = NewNode {
+            mode: mode & !libc::S_IFMT | libc::S_IFREG,
+            rdev: 0,
+            target: None,
+        };
+        let inode = self.new_inode(&dir, &node, cred)?;
+        inode.lookups.fetch_add(1, Ordering::SeqCst);
+        inode
+            .linkable
+            .store(flags & libc::O_EXCL == 0, Ordering::SeqCst);
+        self.make_orphan(&inode);
+        Ok((inode.attr(), self.open_inode(&inode, flags)))
+    }
+
     /// Makes a symbolic link. Counts a reference.
     pub fn symlink(
         &self,
@@ -355,35 +417,56 @@ impl FileSystem {
         let inode = self.inode(ino)?;
         let dir = self.inode(parent)?;
         dir.check_dir()?;
-        let _pass = self.gate.enter();
-        let _dir = dir.dir.lock();
+        let pass = self.gate.enter();
+        let locked = dir.dir.lock();
         let attr = inode.state.lock().attr;
         if attr.is_dir() {
             return Err(Errno::PERM);
         }
-        if attr.nlink == 0 || dir.state.lock().attr.nlink == 0 {
+        let gone = attr.nlink == 0 && !inode.linkable.load(Ordering::SeqCst);
+        let dir_attr = dir.state.lock().attr;
+        if gone || dir_attr.nlink == 0 {
             return Err(Errno::NOENT);
-        }
-        if attr.nlink >= LINK_MAX {
-            return Err(Errno::MLINK);
         }
         if self.entry(&dir, name)?.is_some() {
             return Err(Errno::EXIST);
         }
+        flags::check_grow(&dir_attr)?;
+        self.add_name(&inode)?;
+        self.insert_entry(&dir, name, ino, dt_of_mode(attr.mode));
+        inode.lookups.fetch_add(1, Ordering::SeqCst);
+        drop((locked, pass));
+        Ok(self.end_counted(&[&dir], inode)?.attr())
+    }
+
+    /// Counts one more name of `inode`. Its other names are in directories that may not be locked,
+    /// so this is decided and done in one step. The caller holds a pass.
+    fn add_name(&self, inode: &Arc<Inode>) -> Result<(), Errno> {
         {
-            // Its other names are in directories that may not be locked: count before there is one
-            // more, and not from 0.
             let mut state = inode.state.lock();
+            flags::check_change(&state.attr)?;
+            if state.attr.nlink >= LINK_MAX {
+                return Err(Errno::MLINK);
+            }
             if state.attr.nlink == 0 {
-                return Err(Errno::NOENT);
+                // A file that was made without a name has one chance; a deleted one has none.
+                if !inode.linkable.swap(false, Ordering::SeqCst) {
+                    return Err(Errno::NOENT);
+                }
+                let key = ino_key(inode.ino);
+                match inode.truncating.load(Ordering::SeqCst) {
+                    u64::MAX => self.store.delete(Table::Orphans, &key),
+                    goal => {
+                        let row = Orphan::Truncate(goal).encode();
+                        self.store.put(Table::Orphans, &key, &row);
+                    }
+                }
             }
             state.attr.nlink += 1;
             state.attr.ctime = Timestamp::now();
         }
-        self.mark_dirty(&inode);
-        self.insert_entry(&dir, name, ino, dt_of_mode(attr.mode));
-        inode.lookups.fetch_add(1, Ordering::SeqCst);
-        Ok(inode.attr())
+        self.mark_dirty(inode);
+        Ok(())
     }
 
     /// One name of `inode` is gone.
@@ -412,6 +495,7 @@ impl FileSystem {
             let _dir = dir.dir.lock();
             let record = self.entry(&dir, name)?.ok_or(Errno::NOENT)?;
             let inode = self.inode(record.ino)?;
+            flags::check_removal(&dir, &inode)?;
             if inode.state.lock().attr.is_dir() {
                 return Err(Errno::ISDIR);
             }
@@ -420,7 +504,7 @@ impl FileSystem {
             inode
         };
         self.maybe_reclaim(&inode);
-        Ok(())
+        self.end_names(&[&dir])
     }
 
     /// Removes an empty directory.
@@ -434,10 +518,11 @@ impl FileSystem {
         self.balance_group()?;
         let dir = self.inode(parent)?;
         dir.check_dir()?;
-        let _pass = self.gate.enter();
+        let pass = self.gate.enter();
         loop {
             let record = self.entry(&dir, name)?.ok_or(Errno::NOENT)?;
             let inode = self.inode(record.ino)?;
+            flags::check_removal(&dir, &inode)?;
             inode.check_dir()?;
             let mut dirs = vec![&dir, &inode];
             let locks = lock_dirs(&mut dirs);
@@ -450,9 +535,9 @@ impl FileSystem {
             self.remove_entry(&dir, name, &record);
             self.add_links(&dir, -1);
             self.make_orphan(&inode);
-            drop(locks);
+            drop((locks, pass));
             self.maybe_reclaim(&inode);
-            return Ok(());
+            return self.end_names(&[&dir]);
         }
     }
 
@@ -499,8 +584,8 @@ impl FileSystem {
         let to = self.inode(new_parent)?;
         from.check_dir()?;
         to.check_dir()?;
-        let _pass = self.gate.enter();
-        let _rename = (parent != new_parent).then(|| self.rename.lock());
+        let pass = self.gate.enter();
+        let rename = (parent != new_parent).then(|| self.rename.lock());
         loop {
             let source = self.entry(&from, name)?.ok_or(Errno::NOENT)?;
             let target = self.entry(&to, new_name)?;
@@ -521,61 +606,70 @@ impl FileSystem {
                 new_name,
                 replaced: target.zip(replaced.as_ref()),
             };
-            self.check_rename(&plan, flags)?;
-            if replaced
-                .as_ref()
-                .is_some_and(|replaced| Arc::ptr_eq(replaced, &moved))
-            {
+            if !self.check_rename(&plan, flags)? {
                 return Ok(());
             }
             if exchange {
                 self.exchange(&plan);
             } else {
-                self.replace(&plan);
+                let whiteout = (flags & libc::RENAME_WHITEOUT != 0)
+                    .then(|| self.new_inode(&from, &WHITEOUT, cred))
+                    .transpose()?;
+                self.replace(&plan, whiteout.as_deref());
             }
-            if flags & libc::RENAME_WHITEOUT != 0 {
-                let node = NewNode {
-                    mode: libc::S_IFCHR,
-                    rdev: 0,
-                    target: None,
-                };
-                self.make_locked(&from, name, &node, cred)?;
-            }
-            drop(locks);
+            drop((locks, rename, pass));
             if let Some(replaced) = &replaced {
                 self.maybe_reclaim(replaced);
             }
-            return Ok(());
+            return self.end_names(&[&from, &to]);
         }
     }
 
-    fn check_rename(&self, plan: &Rename<'_>, flags: u32) -> Result<(), Errno> {
+    /// Whether there is anything to do: two names of one inode stay as they are.
+    fn check_rename(&self, plan: &Rename<'_>, flags: u32) -> Result<bool, Errno> {
         let exchange = flags & libc::RENAME_EXCHANGE != 0;
         let moved_is_dir = plan.moved.check_dir().is_ok();
         let crosses = plan.from.ino != plan.to.ino;
-        if plan.to.state.lock().attr.nlink == 0 {
+        let to_attr = plan.to.state.lock().attr;
+        if to_attr.nlink == 0 {
             return Err(Errno::NOENT);
         }
         if moved_is_dir && crosses && self.is_ancestor(plan.moved.ino, plan.to)? {
             return Err(Errno::INVAL);
         }
+        let is_full = to_attr.nlink >= DIR_LINK_MAX;
         let Some((_, replaced)) = plan.replaced else {
-            return if exchange { Err(Errno::NOENT) } else { Ok(()) };
+            if exchange {
+                return Err(Errno::NOENT);
+            }
+            flags::check_removal(plan.from, plan.moved)?;
+            flags::check_grow(&to_attr)?;
+            return if moved_is_dir && crosses && is_full {
+                Err(Errno::MLINK)
+            } else {
+                Ok(true)
+            };
         };
         if flags & libc::RENAME_NOREPLACE != 0 {
             return Err(Errno::EXIST);
         }
         let replaced_attr = replaced.state.lock().attr;
-        if exchange {
-            let loops =
-                replaced_attr.is_dir() && crosses && self.is_ancestor(replaced.ino, plan.from)?;
-            return if loops { Err(Errno::INVAL) } else { Ok(()) };
+        let replaced_is_dir = replaced_attr.is_dir();
+        if exchange && replaced_is_dir && crosses && self.is_ancestor(replaced.ino, plan.from)? {
+            return Err(Errno::INVAL);
         }
-        match (moved_is_dir, replaced_attr.is_dir()) {
+        if Arc::ptr_eq(replaced, plan.moved) {
+            return Ok(false);
+        }
+        flags::check_removal(plan.from, plan.moved)?;
+        flags::check_removal(plan.to, replaced)?;
+        match (moved_is_dir, replaced_is_dir) {
+            (true, false) if exchange && crosses && is_full => Err(Errno::MLINK),
+            _ if exchange => Ok(true),
             (true, false) => Err(Errno::NOTDIR),
             (false, true) => Err(Errno::ISDIR),
             (true, true) if replaced_attr.size != 0 => Err(Errno::NOTEMPTY),
-            _ => Ok(()),
+            _ => Ok(true),
         }
     }
 
@@ -588,20 +682,33 @@ impl FileSystem {
         }
     }
 
-    fn replace(&self, plan: &Rename<'_>) {
-        let kind = plan.source.kind;
-        if let Some((target, replaced)) = plan.replaced {
-            self.remove_entry(plan.to, plan.new_name, &target);
-            if replaced.check_dir().is_ok() {
-                self.add_links(plan.to, -1);
-                self.make_orphan(replaced);
-            } else {
-                self.drop_link(replaced);
+    /// `whiteout`: what the old name is to stand for afterwards.
+    fn replace(&self, plan: &Rename<'_>, whiteout: Option<&Inode>) {
+        let Rename { from, to, .. } = plan;
+        match plan.replaced {
+            Some((target, replaced)) => {
+                self.put_entry(to, plan.new_name, &target.naming(&plan.source));
+                if replaced.check_dir().is_ok() {
+                    self.add_links(to, -1);
+                    self.make_orphan(replaced);
+                } else {
+                    self.drop_link(replaced);
+                }
             }
+            None => self.insert_entry(to, plan.new_name, plan.source.ino, plan.source.kind),
         }
-        self.remove_entry(plan.from, plan.name, &plan.source);
-        self.insert_entry(plan.to, plan.new_name, plan.moved.ino, kind);
-        self.reparent(plan.moved, plan.from, plan.to);
+        match whiteout {
+            Some(whiteout) => {
+                let record = DentryRecord {
+                    ino: whiteout.ino,
+                    kind: dt_of_mode(WHITEOUT.mode),
+                    cookie: plan.source.cookie,
+                };
+                self.put_entry(from, plan.name, &record);
+            }
+            None => self.remove_entry(from, plan.name, &plan.source),
+        }
+        self.reparent(plan.moved, from, to);
         plan.moved.touch_changed();
         self.mark_dirty(plan.moved);
     }
@@ -610,69 +717,14 @@ impl FileSystem {
         let Some((target, other)) = plan.replaced else {
             return;
         };
-        self.remove_entry(plan.from, plan.name, &plan.source);
-        self.remove_entry(plan.to, plan.new_name, &target);
-        self.insert_entry(plan.from, plan.name, other.ino, target.kind);
-        self.insert_entry(plan.to, plan.new_name, plan.moved.ino, plan.source.kind);
+        let source = plan.source;
+        self.put_entry(plan.from, plan.name, &source.naming(&target));
+        self.put_entry(plan.to, plan.new_name, &target.naming(&source));
         self.reparent(plan.moved, plan.from, plan.to);
         self.reparent(other, plan.to, plan.from);
         for inode in [plan.moved, other] {
             inode.touch_changed();
             self.mark_dirty(inode);
-        }
-    }
-
-    /// Calls `each` for the entries after `after_cookie` (0: from the start, with "." and "..")
-    /// until it returns false.
-    pub fn readdir(
-        &self,
-        ino: Ino,
-        after_cookie: u64,
-        each: &mut dyn FnMut(DirEntry<'_>) -> bool,
-    ) -> Result<(), Errno> {
-        let dir = self.inode(ino)?;
-        dir.check_dir()?;
-        let parent = dir.state.lock().parent;
-        let dots: [(u64, Ino, &[u8]); 2] =
-            [(COOKIE_DOT, ino, b"."), (COOKIE_DOTDOT, parent, b"..")];
-        for (cookie, ino, name) in dots {
-            let entry = DirEntry {
-                ino,
-                kind: libc::DT_DIR,
-                name,
-                cookie,
-            };
-            if after_cookie < cookie && !each(entry) {
-                return Ok(());
-            }
-        }
-        let mut next = after_cookie.max(COOKIE_DOTDOT).saturating_add(1);
-        loop {
-            let mut batch: Vec<(u64, Vec<u8>)> = Vec::with_capacity(LIST_BATCH);
-            let (from, to) = (pair_key(ino, next), ino_key(ino + 1));
-            self.store
-                .scan(Table::Cookies, &from, &to, &mut |key, value| {
-                    batch.push((key_u64(key, 8).unwrap_or(u64::MAX), value.to_vec()));
-                    batch.len() < LIST_BATCH
-                })?;
-            for (cookie, value) in &batch {
-                let Some((ino, kind, name)) = decode_cookie_entry(value) else {
-                    log::error!("directory {ino}: an entry is damaged; run 'braidfs fsck -n'");
-                    return Err(Errno::IO);
-                };
-                if !each(DirEntry {
-                    ino,
-                    kind,
-                    name,
-                    cookie: *cookie,
-                }) {
-                    return Ok(());
-                }
-            }
-            match batch.last() {
-                Some((cookie, _)) if batch.len() == LIST_BATCH => next = cookie.saturating_add(1),
-                _ => return Ok(()),
-            }
         }
     }
 }

@@ -176,7 +176,7 @@ pub struct Attr {
     pub gid: u32,
     /// Device number of a device node, as the kernel encodes it in 32 bits.
     pub rdev: u32,
-    /// Inode flags (FS_*_FL bits that braidfs keeps).
+    /// Inode flags, see [`crate::FLAGS_KNOWN`].
     pub flags: u32,
     /// Tells a reused inode number from its former life.
     pub generation: u64,
@@ -206,6 +206,8 @@ pub struct Cred {
     pub umask: u32,
     /// Process id, for log lines.
     pub pid: u32,
+    /// May change the flags "immutable" and "append-only" (CAP_LINUX_IMMUTABLE).
+    pub capable_immutable: bool,
 }
 
 /// A time to set.

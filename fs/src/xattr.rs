@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::acl::{self, Acl};
 use crate::filesystem::FileSystem;
+use crate::flags;
 use crate::inode::Inode;
 use crate::meta::records::{ino_key, name_key};
 use crate::meta::store::Table;
@@ -36,9 +37,10 @@ impl FileSystem {
         self.check_meta_room()?;
         self.balance_group()?;
         let inode = self.inode(ino)?;
+        flags::check_change(&inode.state.lock().attr)?;
         let key = name_key(ino, name);
-        let _pass = self.gate.enter();
-        let _map = inode.map.write();
+        let pass = self.gate.enter();
+        let map = inode.map.write();
         let exists = self
             .store
             .get(Table::Xattrs, &key, |value| value.is_some())?;
@@ -58,7 +60,8 @@ impl FileSystem {
         }
         inode.touch_changed();
         self.mark_dirty(&inode);
-        Ok(())
+        drop((map, pass));
+        self.end_change(&inode)
     }
 
     fn put_acl(&self, ino: Ino, name: &[u8], acl: Option<&Acl>) {
@@ -169,9 +172,10 @@ impl FileSystem {
         check_xattr_name(name)?;
         self.check_writable()?;
         let inode = self.inode(ino)?;
+        flags::check_change(&inode.state.lock().attr)?;
         let key = name_key(ino, name);
-        let _pass = self.gate.enter();
-        let _map = inode.map.write();
+        let pass = self.gate.enter();
+        let map = inode.map.write();
         if !self
             .store
             .get(Table::Xattrs, &key, |value| value.is_some())?
@@ -181,6 +185,7 @@ impl FileSystem {
         self.store.delete(Table::Xattrs, &key);
         inode.touch_changed();
         self.mark_dirty(&inode);
-        Ok(())
+        drop((map, pass));
+        self.end_change(&inode)
     }
 }

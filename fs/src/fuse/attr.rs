@@ -19,6 +19,8 @@ pub(super) fn cred(header: &InHeader, umask: u32) -> Cred {
         gid: header.gid,
         umask,
         pid: header.pid,
+        // Whoever may not change those flags was refused by the kernel before it asked.
+        capable_immutable: true,
     }
 }
 

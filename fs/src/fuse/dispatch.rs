@@ -100,6 +100,7 @@ fn serve(opcode: Opcode, request: Request<'_>) -> Parsed {
         Opcode::Link => request.link(),
         Opcode::Open => request.open(),
         Opcode::Create => request.create(),
+        Opcode::Tmpfile => request.tmpfile(),
         Opcode::Read => request.read(),
         Opcode::Write => request.write(),
         Opcode::Statfs => request.statfs(),
@@ -116,10 +117,7 @@ fn serve(opcode: Opcode, request: Request<'_>) -> Parsed {
         Opcode::Getxattr => request.getxattr(),
         Opcode::Listxattr => request.listxattr(),
         Opcode::Removexattr => request.removexattr(),
-        Opcode::Ioctl => {
-            request.reply.empty(Err(Errno(libc::ENOTTY)));
-            Ok(())
-        }
+        Opcode::Ioctl => request.ioctl(),
         Opcode::Fallocate => request.fallocate(),
         Opcode::Lseek => request.lseek(),
         Opcode::CopyFileRange => request.copy_file_range(false),

@@ -122,6 +122,14 @@ impl Request<'_> {
         self.created(created, new.flags)
     }
 
+    pub(super) fn tmpfile(mut self) -> Parsed {
+        let new = CreateIn::parse(&mut self.args)?;
+        let cred = cred(&self.header, new.umask);
+        let fs = &self.shared.fs;
+        let created = fs.tmpfile(self.header.nodeid, new.mode, new.flags, &cred);
+        self.created(created, new.flags)
+    }
+
     fn created(self, created: Result<(Attr, Arc<OpenFile>), Errno>, flags: i32) -> Parsed {
         let how = self.shared.open_reply(flags);
         self.reply

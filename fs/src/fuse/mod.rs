@@ -7,7 +7,7 @@
 //! | `reply.rs` | the answer to one request, from any thread |
 //! | `init.rs` | what is negotiated with the kernel |
 //! | `dispatch.rs` | which method serves which request |
-//! | `names.rs`, `files.rs`, `dir.rs` | these methods, short |
+//! | `names.rs`, `files.rs`, `dir.rs`, `ioctl.rs` | these methods, short |
 //! | `attr.rs` | attributes and times |
 //! | `handles.rs` | open files by handle |
 //! | `blocking.rs` | threads for requests that wait for the devices |
@@ -32,6 +32,7 @@ mod dispatch;
 mod files;
 mod handles;
 mod init;
+mod ioctl;
 pub mod mounts;
 mod names;
 mod protocol;

@@ -90,6 +90,7 @@ opcodes! {
     Lseek = 46, "lseek";
     CopyFileRange = 47, "copy_file_range";
     Syncfs = 50, "syncfs";
+    Tmpfile = 51, "tmpfile";
     Statx = 52, "statx";
     CopyFileRange64 = 53, "copy_file_range_64";
 }
@@ -276,6 +277,12 @@ impl Out {
     pub(super) fn zeros(mut self, count: usize) -> Self {
         let len = self.0.len();
         self.0.resize(len + count, 0);
+        self
+    }
+
+    /// What was built elsewhere.
+    pub(super) fn append(mut self, other: &Out) -> Self {
+        self.0.extend_from_slice(&other.0);
         self
     }
 

@@ -195,6 +195,12 @@ impl Reply {
             Err(error) => self.empty(Err(error)),
         }
     }
+
+    /// What an ioctl gives back.
+    pub(super) fn ioctl(self, result: Result<Out, Errno>) {
+        // Result, flags, and counts of vectors for retries, all zero.
+        self.out(result.map(|data| Out::default().zeros(16).append(&data)));
+    }
 }
 
 fn open_out(out: Out, handle: u64, flags: u32) -> Out {

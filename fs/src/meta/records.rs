@@ -155,6 +155,14 @@ pub(crate) struct DentryRecord {
 }
 
 impl DentryRecord {
+    /// The same entry, naming what `other` names.
+    pub(crate) fn naming(&self, other: &Self) -> Self {
+        Self {
+            cookie: self.cookie,
+            ..*other
+        }
+    }
+
     pub(crate) fn encode(&self) -> [u8; 17] {
         let mut out = [0; 17];
         out[..8].copy_from_slice(&self.ino.to_le_bytes());

@@ -18,6 +18,7 @@ pub const CRED: Cred = Cred {
     gid: 1000,
     umask: 0o022,
     pid: 1,
+    capable_immutable: true,
 };
 
 struct Stderr;

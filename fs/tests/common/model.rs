@@ -406,6 +406,9 @@ impl Model {
         if flags & libc::RENAME_NOREPLACE != 0 {
             return Err(Errno::EXIST);
         }
+        if target == source {
+            return Ok(plan);
+        }
         let empty = match &self.node(target).body {
             Body::Dir { entries, .. } => Some(entries.is_empty()),
             _ => None,

@@ -1,0 +1,143 @@
+//! ioctl(2): inode flags (chattr, lsattr) and generation numbers.
+//!
+//! The kernel reads and writes flags through its own file-attribute calls, which send the same
+//! commands; who may change which flag it has checked before (CAP_LINUX_IMMUTABLE, ownership).
+
+use nix::{request_code_read, request_code_write};
+
+use super::attr::cred;
+use super::dispatch::{Parsed, Request};
+use super::protocol::{Args, Malformed, Out};
+use crate::{Errno, Ino};
+
+const LONG: usize = size_of::<libc::c_long>();
+/// Bytes of `struct fsxattr`.
+const FSXATTR: usize = 28;
+
+/// A command, with the direction and size that its number carries.
+const fn command(code: libc::c_ulong) -> u32 {
+    // Numbers of commands have 32 bits.
+    #[expect(clippy::cast_possible_truncation, reason = "see above")]
+    let command = code as u32;
+    command
+}
+
+const GETFLAGS: u32 = command(request_code_read!(b'f', 1, LONG));
+const SETFLAGS: u32 = command(request_code_write!(b'f', 2, LONG));
+const GETVERSION: u32 = command(request_code_read!(b'v', 1, LONG));
+const FSGETXATTR: u32 = command(request_code_read!(b'X', 31, FSXATTR));
+const FSSETXATTR: u32 = command(request_code_write!(b'X', 32, FSXATTR));
+
+/// The same flag in the older (FS_*_FL) and in the newer interface (FS_XFLAG_*).
+const FLAGS: [(u32, u32); 5] = [
+    (0x10, 1 << 3), // immutable
+    (0x20, 1 << 4), // append only
+    (0x08, 1 << 5), // synchronous
+    (0x80, 1 << 6), // no access times
+    (0x40, 1 << 7), // no dump
+];
+
+fn to_xflags(flags: u32) -> u32 {
+    let set = FLAGS.iter().filter(|(old, _)| flags & old != 0);
+    set.fold(0, |xflags, (_, new)| xflags | new)
+}
+
+/// Flags from the newer interface, which cannot say anything about the others.
+fn from_xflags(xflags: u32, before: u32) -> Result<u32, Errno> {
+    let known = FLAGS.iter().fold(0, |bits, (_, new)| bits | new);
+    if xflags & !known != 0 {
+        return Err(Errno::NOTSUP);
+    }
+    let unspoken = FLAGS.iter().fold(before, |bits, (old, _)| bits & !old);
+    let set = FLAGS.iter().filter(|(_, new)| xflags & new != 0);
+    Ok(set.fold(unspoken, |flags, (old, _)| flags | old))
+}
+
+impl Request<'_> {
+    pub(super) fn ioctl(mut self) -> Parsed {
+        self.args.skip(8 + 4)?; // handle, flags
+        let command = self.args.u32()?;
+        self.args.skip(8)?; // the caller's pointer
+        let (in_size, _out_size) = (self.args.u32()?, self.args.u32()?);
+        let mut data = self.args;
+        let ino = self.header.nodeid;
+        match command {
+            GETFLAGS => {
+                let flags = self.shared.fs.flags(ino);
+                self.reply
+                    .ioctl(flags.map(|flags| Out::default().u32(flags)));
+            }
+            SETFLAGS => {
+                let result = self.set_flags(ino, data.u32()?);
+                self.reply.ioctl(result.map(|()| Out::default()));
+            }
+            FSGETXATTR => {
+                let flags = self.shared.fs.flags(ino);
+                let out = flags.map(|flags| Out::default().u32(to_xflags(flags)));
+                self.reply.ioctl(out.map(|out| out.zeros(FSXATTR - 4)));
+            }
+            FSSETXATTR => {
+                let result = self.set_xflags(ino, &mut data)?;
+                self.reply.ioctl(result.map(|()| Out::default()));
+            }
+            GETVERSION => {
+                let attr = self.shared.fs.getattr(ino);
+                // Its low half, which is all that the interface has room for.
+                let low = attr.map(|attr| (attr.generation & u64::from(u32::MAX)) as u32);
+                self.reply
+                    .ioctl(low.map(|version| Out::default().u32(version)));
+            }
+            _ => {
+                log::debug!("no ioctl {command:#x} here, {in_size} bytes");
+                self.reply.empty(Err(NOTTY));
+            }
+        }
+        Ok(())
+    }
+
+    fn set_flags(&self, ino: Ino, flags: u32) -> Result<(), Errno> {
+        let fs = &self.shared.fs;
+        fs.set_flags(ino, flags, &cred(&self.header, 0))
+    }
+
+    fn set_xflags(&self, ino: Ino, data: &mut Args<'_>) -> Result<Result<(), Errno>, Malformed> {
+        let xflags = data.u32()?;
+        // Extent size hints, projects: not kept.
+        let hints = [data.u32()?, data.u32()?, data.u32()?, data.u32()?];
+        if [hints[0], hints[2], hints[3]] != [0; 3] {
+            return Ok(Err(Errno::NOTSUP));
+        }
+        Ok(self
+            .shared
+            .fs
+            .flags(ino)
+            .and_then(|before| from_xflags(xflags, before))
+            .and_then(|flags| self.set_flags(ino, flags)))
+    }
+}
+
+/// What a file answers to an ioctl that it does not know.
+const NOTTY: Errno = Errno(libc::ENOTTY);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_have_the_kernels_numbers() {
+        assert_eq!((GETFLAGS, SETFLAGS), (0x8008_6601, 0x4008_6602));
+        assert_eq!((FSGETXATTR, FSSETXATTR), (0x801c_581f, 0x401c_5820));
+        assert_eq!(GETVERSION, 0x8008_7601);
+    }
+
+    #[test]
+    fn flags_go_through_both_interfaces() {
+        for (old, new) in FLAGS {
+            assert_eq!(to_xflags(old), new);
+            assert_eq!(from_xflags(new, 0x10), Ok(old));
+        }
+        // No tail merging has no bit in the newer interface and stays.
+        assert_eq!(from_xflags(1 << 3, 0x8000), Ok(0x8010));
+        assert_eq!(from_xflags(1 << 30, 0), Err(Errno::NOTSUP));
+    }
+}
