@@ -151,11 +151,12 @@ impl FileSystem {
 
     /// The names of all attributes, each ended by a zero byte.
     pub fn listxattr(&self, ino: Ino) -> Result<Vec<u8>, Errno> {
+        let next = ino.checked_add(1).ok_or(Errno::NOENT)?;
         let mut names = Vec::new();
         self.store.scan(
             Table::Xattrs,
             &ino_key(ino),
-            &ino_key(ino + 1),
+            &ino_key(next),
             &mut |key, _| {
                 if let Some(name) = key.get(8..).filter(|name| !name.is_empty()) {
                     names.extend_from_slice(name);

@@ -134,3 +134,165 @@ fn serve(opcode: Opcode, request: Request<'_>) -> Parsed {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsRawFd, OwnedFd};
+    use std::time::Duration;
+
+    use braidfs_blockdev::{BlockDevice, FormatOptions, SimDevice, Volume};
+    use nix::sys::socket::{
+        AddressFamily, MsgFlags, SockFlag, SockType, recv, setsockopt, socketpair, sockopt,
+    };
+    use proptest::prelude::*;
+
+    use super::super::handles::Handles;
+    use super::super::protocol::{IN_HEADER, Out};
+    use super::super::stats::FuseStats;
+    use super::super::{CacheMode, FuseOptions};
+    use super::*;
+    use crate::{FileSystem, MountOptions};
+
+    /// A front end on a file system in memory, with the kernel's end of its channel.
+    struct Bench {
+        shared: Arc<Shared>,
+        blocking: Blocking,
+        kernel: OwnedFd,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let devices: Vec<_> = (0..2)
+                .map(|n| SimDevice::new(&format!("sim{n}"), 64 << 20))
+                .collect();
+            let members = || {
+                let share = |device: &Arc<SimDevice>| Arc::clone(device) as Arc<dyn BlockDevice>;
+                devices.iter().map(share).collect::<Vec<_>>()
+            };
+            let volume = Volume::format(members(), &FormatOptions::default()).unwrap();
+            crate::format(volume).unwrap();
+            let volume = Volume::assemble(members(), false).unwrap();
+            let options = MountOptions {
+                cache_bytes: 32 << 20,
+                ..MountOptions::default()
+            };
+            let fs = FileSystem::mount(volume, options).unwrap();
+            let (kernel, ours) = socketpair(
+                AddressFamily::Unix,
+                SockType::SeqPacket,
+                None,
+                SockFlag::SOCK_CLOEXEC,
+            )
+            .unwrap();
+            let patience = nix::sys::time::TimeVal::new(60, 0);
+            setsockopt(&kernel, sockopt::ReceiveTimeout, &patience).unwrap();
+            setsockopt(&ours, sockopt::SndBuf, &(4 << 20)).unwrap();
+            let shared = Arc::new(Shared {
+                fs,
+                handles: Handles::default(),
+                stats: FuseStats::new(),
+                options: FuseOptions {
+                    cache_mode: CacheMode::Direct,
+                    threads: 1,
+                    timeout: Duration::from_secs(1),
+                },
+                channel: Arc::new(Channel::new(ours)),
+                only: None,
+            });
+            Self {
+                shared,
+                blocking: Blocking::default(),
+                kernel,
+            }
+        }
+
+        /// Sends a request; returns the errno of its answer, 0 for success.
+        fn ask(&self, opcode: u32, nodeid: u64, args: &[u8]) -> i32 {
+            let len = u32::try_from(IN_HEADER + args.len()).unwrap();
+            let unique = 77;
+            let header = Out::default().u32(len).u32(opcode).u64(unique).u64(nodeid);
+            let mut request = header.zeros(16).as_slice().to_vec();
+            request.extend_from_slice(args);
+            let channel = &self.shared.channel;
+            dispatch(&self.shared, &self.blocking, channel, &request);
+            let unanswered = [Opcode::Forget, Opcode::BatchForget, Opcode::Interrupt];
+            if Opcode::from_wire(opcode).is_some_and(|opcode| unanswered.contains(&opcode)) {
+                return 0;
+            }
+            loop {
+                let mut answer = vec![0; 2 << 20];
+                let flags = MsgFlags::empty();
+                let len = recv(self.kernel.as_raw_fd(), &mut answer, flags).expect("an answer");
+                let field = |at: usize| {
+                    let bytes = answer[at..at + 4].iter().rev();
+                    bytes.fold(0_u32, |word, &byte| word << 8 | u32::from(byte))
+                };
+                assert_eq!(field(0) as usize, len, "the length of the answer");
+                if field(8) == 0 {
+                    continue; // a notification
+                }
+                assert_eq!(u64::from(field(8)), unique);
+                return -field(4).cast_signed();
+            }
+        }
+    }
+
+    /// Numbers as they come in requests: handles, inodes, flags, offsets, lengths.
+    fn number() -> impl Strategy<Value = u64> {
+        prop_oneof![
+            8 => 0..8_u64,
+            2 => 0..10_000_000_u64,
+            2 => (0..64_u32).prop_map(|bit| 1 << bit),
+            1 => Just(u64::MAX),
+            1 => Just(i64::MAX.cast_unsigned()),
+            1 => any::<u64>(),
+        ]
+    }
+
+    /// Arguments that often begin as a request of some kind would.
+    fn arguments() -> impl Strategy<Value = Vec<u8>> {
+        let fields = proptest::collection::vec(number(), 0..8);
+        let name = prop_oneof![
+            Just(Vec::new()),
+            "[ab]{1,2}".prop_map(|name| [name.as_bytes(), &[0]].concat()),
+            "[ab]{1,2}".prop_map(|name| [name.as_bytes(), &[0], b"c\0"].concat()),
+            proptest::collection::vec(any::<u8>(), 0..300),
+        ];
+        (fields, name).prop_map(|(fields, name)| {
+            let mut bytes = Vec::new();
+            for field in fields {
+                bytes.extend_from_slice(Out::default().u64(field).as_slice());
+            }
+            bytes.extend_from_slice(&name);
+            bytes
+        })
+    }
+
+    #[test]
+    fn whatever_is_asked_gets_one_answer() {
+        let bench = Bench::new();
+        let config = ProptestConfig {
+            cases: 30_000,
+            // The file system goes on from one request to the next, so none can be left out.
+            max_shrink_iters: 0,
+            failure_persistence: None,
+            ..ProptestConfig::default()
+        };
+        proptest!(config, |(opcode in 0..56_u32, node in number(), args in arguments())| {
+            bench.ask(opcode, node, &args);
+        });
+        assert_eq!(bench.ask(3, 1, &[0; 16]), 0, "the root is still there");
+        bench.shared.fs.unmount().unwrap();
+    }
+
+    #[test]
+    fn requests_that_are_cut_short_or_unknown_are_refused() {
+        let bench = Bench::new();
+        assert_eq!(bench.ask(9, 1, &[0; 7]), libc::EIO);
+        assert_eq!(bench.ask(9, 1, b"12345678no end"), libc::EIO);
+        assert_eq!(bench.ask(9, 1, b"\xed\x01\0\0\0\0\0\0dir\0"), 0);
+        assert_eq!(bench.ask(4000, 1, &[]), libc::ENOSYS);
+        assert_eq!(bench.ask(15, 1, &[0; 40]), libc::EBADF);
+        bench.shared.fs.unmount().unwrap();
+    }
+}

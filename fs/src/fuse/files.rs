@@ -7,8 +7,8 @@ use std::sync::Arc;
 use super::attr::cred;
 use super::dispatch::{Parsed, Request};
 use super::protocol::{
-    Args, FSYNC_DATA, Malformed, OPEN_KILL_SUIDGID, Out, WRITE_CACHE, WRITE_KILL_SUIDGID,
-    open_reply,
+    Args, FSYNC_DATA, Malformed, OPEN_KILL_SUIDGID, Out, REQUEST_BYTES_MAX, WRITE_CACHE,
+    WRITE_KILL_SUIDGID, open_reply,
 };
 use super::{CacheMode, Shared};
 use crate::{Attr, Cred, Errno, OpenFile, SetAttr, WriteFlags};
@@ -154,11 +154,11 @@ impl Request<'_> {
                 return Ok(());
             }
         };
+        // The kernel never asks for more, and a reply has room for no more pieces.
+        let size = (size as usize).min(REQUEST_BYTES_MAX);
         let reply = self.reply;
         let done = Box::new(move |result| reply.pages(result));
-        self.shared
-            .fs
-            .read(&file, offset, size as usize, direct, done);
+        self.shared.fs.read(&file, offset, size, direct, done);
         Ok(())
     }
 

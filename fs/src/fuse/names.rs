@@ -26,19 +26,19 @@ impl Request<'_> {
     }
 
     pub(super) fn forget(mut self) -> Parsed {
-        self.shared.fs.forget(self.header.nodeid, self.args.u64()?);
         self.reply.none();
+        self.shared.fs.forget(self.header.nodeid, self.args.u64()?);
         Ok(())
     }
 
     pub(super) fn batch_forget(mut self) -> Parsed {
+        self.reply.none();
         let count = self.args.u32()?;
         self.args.skip(4)?;
         for _ in 0..count {
             let (ino, lookups) = (self.args.u64()?, self.args.u64()?);
             self.shared.fs.forget(ino, lookups);
         }
-        self.reply.none();
         Ok(())
     }
 
