@@ -318,6 +318,10 @@ impl RequestOwner for DeviceQueue {
             // Before the views end, so that whoever saw its write end gets it flushed.
             self.written.fetch_add(1, Ordering::Release);
         }
+        if let (Some(discarded), Err(kind)) = (&parts.discarded, result) {
+            // Nobody may wait for it any more.
+            discarded.send(kind).unwrap_or_default();
+        }
         let refill = self.inner.lock().ended(&parts, result, latency_ns);
         if refill {
             self.kick();

@@ -5,6 +5,7 @@ use crate::error::{BlockError, ErrorKind, Op};
 use crate::kiobuf::View;
 use libc::iovec;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::Instant;
 
 /// Who hears of a request's end (the queue that dispatched it).
@@ -30,6 +31,8 @@ pub(crate) struct Parts {
     pub seq: u64,
     /// How many kiobufs have bytes in it, counted at dispatch.
     pub kiobufs: u64,
+    /// A discard tells its errors here, and that it ended by dropping it.
+    pub discarded: Option<Sender<ErrorKind>>,
 }
 
 /// A request as a backend sees it. It must be ended exactly once with [`DeviceRequest::end`];
@@ -133,6 +136,7 @@ impl Parts {
             started: None,
             seq: 0,
             kiobufs: 0,
+            discarded: None,
         }
     }
 
@@ -140,11 +144,12 @@ impl Parts {
         Parts::new(op, dev, offset, Chain::of(view))
     }
 
-    pub(crate) fn discard(dev: u16, offset: u64, len: u64) -> Parts {
+    pub(crate) fn discard(dev: u16, offset: u64, len: u64, ended: Sender<ErrorKind>) -> Parts {
         let lane = u8::MAX;
         Parts {
             len,
             lane,
+            discarded: Some(ended),
             ..Parts::new(Op::Discard, dev, offset, Chain::new())
         }
     }

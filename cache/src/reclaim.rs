@@ -11,6 +11,7 @@ use crate::arena::Frame;
 use crate::buddy::ORDER_MAX;
 use crate::cache::Cache;
 use crate::event::Ticket;
+use crate::folio::order_at;
 use crate::read::MEMORY_WAIT_MAX;
 use crate::{CacheError, FrameVec, SpaceClass};
 
@@ -114,6 +115,14 @@ impl Cache {
 
     /// Page-aligned private pages for direct I/O. Waits, with a bound, for memory.
     pub fn alloc_private(&self, len: usize) -> Option<FrameVec> {
+        self.alloc_private_at(0, len)
+    }
+
+    /// As [`Cache::alloc_private`], in pieces that [`AddressSpace::adopt`] can take over as the
+    /// pages from `page` on.
+    ///
+    /// [`AddressSpace::adopt`]: crate::AddressSpace::adopt
+    pub fn alloc_private_at(&self, page: u64, len: usize) -> Option<FrameVec> {
         let pages = len.div_ceil(PAGE_SIZE) as u64;
         if pages == 0 || pages > u64::from(self.arena.pages()) / PRIVATE_SHARE {
             return None;
@@ -122,7 +131,7 @@ impl Cache {
         loop {
             let ticket = self.arena.freed.ticket();
             self.make_room(pages, SpaceClass::Data);
-            if let Some(frames) = self.try_private(pages) {
+            if let Some(frames) = self.try_private(page, pages) {
                 return Some(FrameVec::new(frames, len));
             }
             // What was got is given back before waiting, so that two cannot starve each other.
@@ -130,13 +139,13 @@ impl Cache {
         }
     }
 
-    fn try_private(&self, pages: u64) -> Option<Vec<Frame>> {
+    fn try_private(&self, first: u64, pages: u64) -> Option<Vec<Frame>> {
         let mut frames = Vec::new();
-        let mut left = pages;
-        while left > 0 {
-            let order = u8::try_from(left.ilog2()).ok()?.min(ORDER_MAX);
+        let (mut at, end) = (first, first + pages);
+        while at < end {
+            let order = order_at(at, end - at, ORDER_MAX);
             let frame = self.arena.try_alloc_upto(order, SpaceClass::Data)?;
-            left -= 1 << frame.order();
+            at += 1 << frame.order();
             frames.push(frame);
         }
         Some(frames)

@@ -41,6 +41,8 @@ pub struct AddressSpace {
     /// Told when a page leaves reading or writeback, a frame is put in place, or a pass ends.
     pub(crate) event: Event,
     pub(crate) dirty_pages: AtomicU64,
+    /// Pages in writeback; changed with the lock held.
+    pub(crate) writeback_pages: AtomicU64,
     error_seq: AtomicU32,
 }
 
@@ -114,6 +116,7 @@ impl AddressSpace {
             inner: RwLock::default(),
             event: Event::new(),
             dirty_pages: AtomicU64::new(0),
+            writeback_pages: AtomicU64::new(0),
             error_seq: AtomicU32::new(0),
         })
     }
@@ -152,29 +155,56 @@ impl AddressSpace {
 
     /// The first run of dirty or writeback pages that ends behind `from_page`, cut to start there.
     pub fn next_cached_dirty(&self, from_page: u64) -> Option<PageRange> {
+        let rest = PageRange::new(from_page, u64::MAX)?;
+        self.unclean_runs(rest, 1)?.into_iter().next()
+    }
+
+    /// The runs of pages in `pages` that are dirty or in writeback, in order, `count_max` at the
+    /// most; `None` if nothing of the space is.
+    pub fn unclean_runs(&self, pages: PageRange, count_max: usize) -> Option<Vec<PageRange>> {
         let inner = self.inner.read();
-        let from = inner.first_key(from_page);
-        let mut found: Option<PageRange> = None;
-        for (&start, folio) in inner.folios.range(from..) {
-            if let Some(run) = &found
-                && run.end < start
-            {
+        let unclean =
+            self.dirty_pages.load(Ordering::Relaxed) + self.writeback_pages.load(Ordering::Relaxed);
+        if unclean == 0 {
+            return None;
+        }
+        let mut runs: Vec<PageRange> = Vec::new();
+        let from = inner.first_key(pages.start);
+        for (&start, folio) in inner.folios.range(from..pages.end) {
+            let Some((first, count)) = part_of(start, folio, pages) else {
+                continue;
+            };
+            if runs.len() == count_max && runs.last().is_some_and(|run| run.end < start) {
                 break;
             }
-            for index in inside(from_page.max(start), start)..folio.pages() {
-                let page = start + index as u64;
-                if !folio.has(Bit::Dirty, index) && !folio.has(Bit::Writeback, index) {
-                    if found.is_some() {
-                        return found;
-                    }
-                } else if let Some(run) = &mut found {
-                    run.end = page + 1;
+            let (mut at, end) = (first, first + count);
+            while at < end {
+                let (dirty, length) = folio.run_of(Bit::Dirty, at, end);
+                let (writeback, length) = if dirty {
+                    (false, length)
                 } else {
-                    found = Some(PageRange::single(page));
+                    folio.run_of(Bit::Writeback, at, at + length)
+                };
+                let run = PageRange {
+                    start: start + at as u64,
+                    end: start + (at + length) as u64,
+                };
+                at += length;
+                if !dirty && !writeback {
+                    if runs.len() == count_max {
+                        return Some(runs);
+                    }
+                    continue;
+                }
+                let count = runs.len();
+                match runs.last_mut() {
+                    Some(last) if last.end == run.start => last.end = run.end,
+                    _ if count == count_max => return Some(runs),
+                    _ => runs.push(run),
                 }
             }
         }
-        found
+        Some(runs)
     }
 
     /// Counts write errors; a caller remembers the value and compares.

@@ -17,7 +17,7 @@ use crate::folio::{Bit, Folio, order_at};
 use crate::read::{ClaimOptions, MEMORY_WAIT_MAX};
 use crate::space::SpaceInner;
 use crate::units::{PAGE, mem};
-use crate::{AddressSpace, CacheError, PageRange, WriteOutcome, WriteResult};
+use crate::{AddressSpace, CacheError, FrameVec, PageRange, WriteOutcome, WriteResult};
 
 /// Largest folio that is copied because a small write meets it pinned: 64 KiB.
 const COW_ORDER_MAX: u8 = 4;
@@ -64,6 +64,41 @@ impl AddressSpace {
     /// Sets bytes to zero, as a write would. What is zero already does not become dirty.
     pub fn zero(self: &Arc<Self>, offset: u64, len: u64) -> WriteResult {
         self.write_from(offset, len, Source::Zeros)
+    }
+
+    /// Takes private pages over as the pages from `page` on: no byte is copied where none of them
+    /// is cached. `frames` are whole pages, from [`Cache::alloc_private_at`] for this page.
+    ///
+    /// [`Cache::alloc_private_at`]: crate::Cache::alloc_private_at
+    pub fn adopt(self: &Arc<Self>, page: u64, frames: FrameVec) -> WriteResult {
+        let mut outcome = WriteOutcome::default();
+        let (mut at, end) = (page, page + (frames.len() / PAGE_SIZE) as u64);
+        for frame in frames.into_frames() {
+            let count = (end - at).min(1 << frame.order());
+            let whole = PageRange {
+                start: at,
+                end: at + (1 << frame.order()),
+            };
+            let mut inner = self.inner.write();
+            if inner.is_room(whole) && at.is_multiple_of(whole.count()) && count == whole.count() {
+                self.insert(&mut inner, at, frame.order(), Some(frame))
+                    .touched(0, mem(count * PAGE));
+                outcome.newly_dirty_pages += self.mark_dirty(&mut inner, at, 0, mem(count));
+            } else {
+                drop(inner);
+                // Somebody read it meanwhile.
+                let bytes = &frame.bytes()[..mem(count * PAGE)];
+                match self.write(at * PAGE, bytes) {
+                    Ok(more) => outcome.newly_dirty_pages += more.newly_dirty_pages,
+                    Err((error, more)) => {
+                        outcome.newly_dirty_pages += more.newly_dirty_pages;
+                        return Err((error, outcome));
+                    }
+                }
+            }
+            at += count;
+        }
+        Ok(outcome)
     }
 
     fn write_from(self: &Arc<Self>, offset: u64, len: u64, source: Source<'_>) -> WriteResult {

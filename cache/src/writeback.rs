@@ -493,6 +493,8 @@ impl AddressSpace {
         }
         self.count_dirty(taken.pages, false);
         self.cache.dirty_list(self.class).writeback.add(taken.pages);
+        self.writeback_pages
+            .fetch_add(taken.pages, Ordering::Relaxed);
         Some(taken)
     }
 
@@ -532,6 +534,7 @@ impl AddressSpace {
             if error.is_some() {
                 self.enlist(&mut inner);
             }
+            self.writeback_pages.fetch_sub(ended, Ordering::Relaxed);
         }
         self.cache.dirty_list(self.class).writeback.sub(ended);
         if error.is_none() {

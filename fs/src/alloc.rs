@@ -11,12 +11,23 @@
 //!
 //! Accounting, in blocks, all under one lock: `free` is handed out or reserved and never lent
 //! twice, `reserved <= free` always.
+//!
+//! The *float* is a number of free blocks that only rewriting may reserve: pages whose file block
+//! is mapped already, be it with data or set aside. What such a page takes comes back: at once when
+//! it is written in place to a block that was set aside, at the next commit when it replaces an
+//! older block, and when it is dropped. So `free - reserved + pages being rewritten + pending`
+//! never
+//! goes below the float, after a commit all of it is there again, and a rewrite on a full volume
+//! succeeds, if need be after a commit. New blocks of files never touch it.
+//!
+//! A block with data that was turned into one set aside (ZERO_RANGE) is still named as data by the
+//! durable state. It is *converted* until that changes, and not written in place so long.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use braidfs_blockdev::{BLOCK_SIZE, Chunk, ChunkKind, Volume};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use redb::ReadableTable;
 
 use crate::Errno;
@@ -113,6 +124,8 @@ pub(crate) struct SpaceLog {
     known_chunk: Option<u32>,
     allocated: RunSet,
     freed: Vec<(u64, u64)>,
+    /// Data in the durable state, set aside in this one.
+    converted: Vec<(u64, u64)>,
 }
 
 /// Key in the free table whose value is the highest data chunk id that the table accounts for.
@@ -204,18 +217,43 @@ impl SpaceLog {
     pub(crate) fn freed(&self) -> &[(u64, u64)] {
         &self.freed
     }
+
+    /// Whether blocks may be written again once the group is durable and its readers are gone.
+    pub(crate) fn releases(&self) -> bool {
+        !self.freed.is_empty() || !self.converted.is_empty()
+    }
+}
+
+/// What blocks are reserved for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Room {
+    /// File blocks that are not mapped yet, or may not be.
+    Growth,
+    /// Pages whose file blocks are mapped, and stay so until the pages are dirty.
+    Rewrite,
 }
 
 struct Inner {
     free: RunSet,
     reserved: u64,
+    /// Free, but with the devices to be discarded: counted as free, and handed out after that.
+    trimming: u64,
     /// Freed in the open or the committing group.
     pending: u64,
     /// Where the last allocation ended: the next one goes on from there.
     cursor: u64,
     log: SpaceLog,
+    /// See the module's description: of the open and the committing group.
+    converted: RunSet,
     /// All blocks of data chunks.
     chunk_blocks: u64,
+}
+
+impl Inner {
+    /// Free and not reserved.
+    fn unused(&self) -> u64 {
+        (self.free.blocks() + self.trimming).saturating_sub(self.reserved)
+    }
 }
 
 /// Space counters, in blocks.
@@ -223,8 +261,10 @@ struct Inner {
 pub struct SpaceStats {
     /// Blocks of all data chunks.
     pub chunk_blocks: u64,
-    /// Free, including what is reserved.
+    /// Free, including what is reserved and the float.
     pub free_blocks: u64,
+    /// Kept for rewriting what is mapped.
+    pub float_blocks: u64,
     /// Promised to dirty pages.
     pub reserved_blocks: u64,
     /// Freed, usable after the next commit.
@@ -241,12 +281,21 @@ pub(crate) struct Allocator {
     inner: Mutex<Inner>,
     /// Bytes of unallocated device space that data may not take.
     meta_reserve_bytes: u64,
+    float_blocks: u64,
     /// One chunk is made at a time.
     growing: Mutex<()>,
+    /// Blocks that were with the devices are back.
+    trimmed: Condvar,
 }
 
 /// Share of the volume kept for metadata to grow into: 1/64, but at least two metadata chunks.
 const META_RESERVE_SHARE: u64 = 64;
+
+/// Share of the volume that is the float, in blocks, and its bounds: little against the volume, and
+/// enough to rewrite in sizeable pieces.
+const FLOAT_SHARE: u64 = 256;
+const FLOAT_BLOCKS_MIN: u64 = 64;
+const FLOAT_BLOCKS_MAX: u64 = 1024;
 
 /// A run shorter than this is passed over while there are longer ones: what is written together
 /// shall lie together, in requests of 1 MiB.
@@ -308,39 +357,55 @@ impl Allocator {
         let inner = Inner {
             free,
             reserved: 0,
+            trimming: 0,
             pending: 0,
             cursor: 0,
             log,
+            converted: RunSet::default(),
             chunk_blocks: data.blocks(),
         };
+        let float_blocks =
+            (total / BLOCK_SIZE / FLOAT_SHARE).clamp(FLOAT_BLOCKS_MIN, FLOAT_BLOCKS_MAX);
         Ok(Self {
             volume,
             inner: Mutex::new(inner),
             meta_reserve_bytes,
+            float_blocks,
             growing: Mutex::new(()),
+            trimmed: Condvar::new(),
         })
     }
 
     /// Sets `blocks` aside. Makes a new chunk where needed, which may take device I/O: call it
     /// with no lock held. `NOSPC` when the volume is full; a commit may then free some.
-    pub(crate) fn reserve(&self, blocks: u64) -> Result<(), Errno> {
+    pub(crate) fn reserve(&self, blocks: u64, room: Room) -> Result<(), Errno> {
+        let kept = match room {
+            Room::Growth => self.float_blocks,
+            Room::Rewrite => 0,
+        };
+        let wanted = blocks.saturating_add(kept);
+        let has_room = |inner: &Inner| inner.unused() >= wanted;
         loop {
             {
                 let mut inner = self.inner.lock();
-                if inner.free.blocks().saturating_sub(inner.reserved) >= blocks {
+                if blocks == 0 || has_room(&inner) {
                     inner.reserved += blocks;
                     return Ok(());
                 }
             }
             let _one = self.growing.lock();
-            let enough = {
-                let inner = self.inner.lock();
-                inner.free.blocks().saturating_sub(inner.reserved) >= blocks
-            };
+            let enough = has_room(&self.inner.lock());
             if !enough {
                 self.add_chunk()?;
             }
         }
+    }
+
+    /// Blocks that [`Room::Growth`] could still have, without a commit.
+    pub(crate) fn available(&self) -> u64 {
+        let stats = self.stats();
+        (stats.free_blocks + stats.unallocated_blocks)
+            .saturating_sub(stats.reserved_blocks + self.float_blocks)
     }
 
     fn add_chunk(&self) -> Result<(), Errno> {
@@ -377,6 +442,10 @@ impl Allocator {
     pub(crate) fn allocate(&self, mut blocks: u64, out: &mut Vec<(u64, u64)>) -> Result<(), Errno> {
         self.keep_a_long_run();
         let mut inner = self.inner.lock();
+        while inner.free.blocks() < blocks && inner.trimming > 0 {
+            // Device I/O ends in bounded time, and so does this.
+            self.trimmed.wait(&mut inner);
+        }
         if inner.free.blocks() < blocks {
             log::error!("allocator: {blocks} reserved blocks are not there");
             return Err(Errno::NOSPC);
@@ -432,6 +501,30 @@ impl Allocator {
         assert!(fresh, "a block is handed out once between two commits");
     }
 
+    /// Blocks with data are only set aside now, in the open group.
+    pub(crate) fn note_converted(&self, start: u64, len: u64) {
+        let mut inner = self.inner.lock();
+        if inner.converted.insert(start, len) {
+            inner.log.converted.push((start, len));
+        } else {
+            log::error!("blocks {start}+{len} were converted twice");
+        }
+    }
+
+    /// How many blocks from `start` on, `len` at the most, are alike in being converted; and
+    /// whether they are.
+    pub(crate) fn converted_run(&self, start: u64, len: u64) -> (bool, u64) {
+        let inner = self.inner.lock();
+        let runs = &inner.converted.runs;
+        if let Some((&run, &run_len)) = runs.range(..=start).next_back()
+            && start < run + run_len
+        {
+            return (true, len.min(run + run_len - start));
+        }
+        let next = runs.range(start..).next();
+        (false, next.map_or(len, |(&run, _)| len.min(run - start)))
+    }
+
     /// Ends the group: what follows belongs to the next one.
     pub(crate) fn freeze(&self) -> SpaceLog {
         std::mem::take(&mut self.inner.lock().log)
@@ -451,6 +544,50 @@ impl Allocator {
             }
             inner.pending -= len;
         }
+        for &(start, len) in &log.converted {
+            inner.converted.take(start, len);
+        }
+    }
+
+    /// Takes free blocks out to be discarded: of the first run of at least `least` blocks in
+    /// `from..to`, up to `most`. [`Allocator::end_trim`] puts them back.
+    pub(crate) fn begin_trim(
+        &self,
+        from: u64,
+        to: u64,
+        least: u64,
+        most: u64,
+    ) -> Option<(u64, u64)> {
+        let mut inner = self.inner.lock();
+        let inside = inner.free.runs.range(..from).next_back();
+        let onward = inner.free.runs.range(from..to);
+        let (start, len) = inside
+            .into_iter()
+            .chain(onward)
+            .map(|(&start, &len)| (start.max(from), (start + len).min(to)))
+            .find(|&(start, end)| end.saturating_sub(start) >= least.max(1))
+            .map(|(start, end)| (start, (end - start).min(most)))?;
+        inner.free.take(start, len);
+        inner.trimming += len;
+        Some((start, len))
+    }
+
+    /// The devices know: the blocks may be used.
+    pub(crate) fn end_trim(&self, start: u64, len: u64) {
+        let mut inner = self.inner.lock();
+        inner.trimming -= len;
+        if !inner.free.insert(start, len) {
+            log::error!("blocks {start}+{len} were handed out while they were discarded");
+        }
+        drop(inner);
+        self.trimmed.notify_all();
+    }
+
+    /// One past the last block of any chunk.
+    pub(crate) fn end(&self) -> u64 {
+        let chunks = self.volume.chunks();
+        let ends = chunks.iter().map(|chunk| chunk.start.0 + chunk.len_blocks);
+        ends.max().unwrap_or(0)
     }
 
     /// Blocks freed but not yet usable: a commit would bring them back.
@@ -467,7 +604,8 @@ impl Allocator {
         let inner = self.inner.lock();
         SpaceStats {
             chunk_blocks: inner.chunk_blocks,
-            free_blocks: inner.free.blocks(),
+            free_blocks: inner.free.blocks() + inner.trimming,
+            float_blocks: self.float_blocks,
             reserved_blocks: inner.reserved,
             pending_blocks: inner.pending,
             unallocated_blocks: unallocated / BLOCK_SIZE,

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use crate::alloc::Room;
 use crate::filesystem::FileSystem;
 use crate::flags;
 use crate::inode::{Inode, PAGE};
@@ -97,13 +98,14 @@ impl FileSystem {
         }
         let mut stepped = false;
         loop {
-            // The tail of the last page that stays is zeroed, which may need a block.
+            // The tail of the last page that stays is zeroed, which may need a block: if the page
+            // has none yet, then it is a hole, and zero, or dirty, with a block reserved.
             let tail = u64::from(!size.is_multiple_of(PAGE));
             self.balance_group()?;
-            self.reserve(tail)?;
+            self.reserve(tail, Room::Rewrite)?;
             let pass = self.gate.enter();
             let now = inode.state.lock().attr.size;
-            let step = if size < now {
+            let step = if size <= now {
                 self.step_size(inode, size)
             } else {
                 Ok(size)
@@ -180,6 +182,9 @@ impl FileSystem {
                 self.zero(inode, size, PAGE - size % PAGE, used)?;
             }
             inode.state.lock().attr.size = size;
+        }
+        if size <= old {
+            // Also what is set aside behind the end.
             self.remove_blocks(inode, size.div_ceil(PAGE), u64::MAX >> 12)?;
         }
         {
@@ -217,23 +222,27 @@ impl FileSystem {
         from: u64,
         to: u64,
     ) -> Result<(), Errno> {
-        let Some(pages) = braidfs_cache::PageRange::new(from, to) else {
+        if from >= to {
             return Ok(());
-        };
-        let discard = || {
-            if let Some(space) = inode.space() {
-                self.space.unreserve(space.discard(pages));
-            }
-        };
-        discard();
-        let removed = {
+        }
+        self.discard_pages(inode, from, to);
+        {
             let _map = inode.map.write();
-            self.extents(inode.ino).remove(from, to)?
-        };
+            let removed = self.extents(inode.ino).remove(from, to)?;
+            let mut state = inode.state.lock();
+            state.attr.blocks = state.attr.blocks.saturating_sub(removed * (PAGE / 512));
+        }
         // A readahead may have fetched pages through the old map.
-        discard();
-        let mut state = inode.state.lock();
-        state.attr.blocks = state.attr.blocks.saturating_sub(removed * (PAGE / 512));
+        self.discard_pages(inode, from, to);
         Ok(())
+    }
+
+    /// Drops the pages of file blocks `from..to` and gives their reservation back.
+    pub(crate) fn discard_pages(&self, inode: &Inode, from: u64, to: u64) {
+        if let Some(space) = inode.space()
+            && let Some(pages) = braidfs_cache::PageRange::new(from, to)
+        {
+            self.space.unreserve(space.discard(pages));
+        }
     }
 }

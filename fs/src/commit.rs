@@ -265,12 +265,10 @@ impl FileSystem {
         match &result {
             Ok(()) => {
                 self.committer.durable_group.store(group, Ordering::SeqCst);
-                if !log.freed().is_empty() {
+                if log.releases() {
                     self.epoch.synchronize();
                     if self.options.discard {
-                        for &(start, len) in log.freed() {
-                            self.volume.discard(braidfs_blockdev::VolBlock(start), len);
-                        }
+                        self.discard_freed(&log);
                     }
                     self.space.release(&log);
                 }

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use braidfs_blockdev::{BlockError, Class, Kiobuf, VolBlock};
-use braidfs_cache::{FrameVec, MapOut, PageRange, SegmentKind};
+use braidfs_cache::{FrameVec, MapOut, PageRange, Placement, SegmentKind};
 use parking_lot::Mutex;
 
+use crate::alloc::Room;
 use crate::file::{OpenFile, ReadDone, ReadReply};
 use crate::filesystem::FileSystem;
 use crate::inode::{Inode, PAGE};
@@ -21,12 +22,13 @@ use crate::txg::ReadPass;
 use crate::{Errno, Ino, WriteFlags};
 
 impl FileSystem {
-    /// Reads past the cache. The reply is sent from the last completion.
+    /// Reads `pages` past the cache into `frames`. The reply is sent from the last completion.
     pub(crate) fn read_direct(
         &self,
         inode: &Arc<Inode>,
         len: usize,
         pages: PageRange,
+        mut frames: FrameVec,
         done: ReadDone,
     ) {
         let epoch = self.epoch.enter();
@@ -39,10 +41,6 @@ impl FileSystem {
         if let Err(error) = mapped {
             return done(Err(error));
         }
-        let bytes = usize::try_from(pages.count() * PAGE).expect("bounded by IO_BYTES_MAX");
-        let Some(mut frames) = self.cache.alloc_private(bytes) else {
-            return done(Err(Errno::NOMEM));
-        };
         if map
             .segments
             .iter()
@@ -116,35 +114,38 @@ impl FileSystem {
         };
         let inode = &file.inode;
         self.balance_group()?;
-        self.check_meta_room()?;
-        self.reserve(pages.count())?;
+        self.check_meta_room_of(inode, pages)?;
+        let (count, room) = match self.reserve_pages(inode, pages, false) {
+            Err(Errno::NOSPC) if pages.count() > 1 => {
+                // The cache takes what there is room for.
+                return self.write_slices(file, offset, &frames, flags);
+            }
+            reserved => reserved?,
+        };
         let crcs = checksums(&frames);
         let pass = self.gate.enter();
         let range = inode.ranges.exclusive(offset, offset + len as u64);
-        let space = self.pages(inode);
-        let mut runs = Vec::with_capacity(2);
-        if let Err(error) = self.space.allocate(pages.count(), &mut runs) {
-            self.space.unreserve(pages.count());
-            return Err(error);
-        }
-        let written = self.write_runs(frames, &runs);
-        let mapped = written.map_err(|error| {
+        let homes = self.direct_homes(inode, pages, room);
+        let homes = homes.inspect_err(|_| self.space.unreserve(count))?;
+        let written = self.write_homes(frames, &homes).map_err(|error| {
             log::error!("inode {}: direct write at {offset}: {error}", inode.ino);
             Errno(error.errno())
         });
-        let mapped = match mapped {
+        let mapped = match written {
             Ok(()) => {
                 // Not before the new bytes are there: a write that fails loses no older one.
-                self.space.unreserve(space.discard(pages));
-                let mapped = self.map_runs(inode, pages.start, &runs, &crcs);
-                self.space.unreserve(space.discard(pages));
+                self.discard_pages(inode, pages.start, pages.end);
+                let mapped = self.map_homes(inode, &homes, &crcs);
+                self.discard_pages(inode, pages.start, pages.end);
                 mapped
             }
             Err(error) => {
-                for &(start, len) in &runs {
-                    self.space.unallocate(start, len);
+                for home in &homes {
+                    if !self.is_set_aside(inode, home.pages.start, home.block) {
+                        self.space.unallocate(home.block.0, home.pages.count());
+                    }
                 }
-                self.space.unreserve(pages.count());
+                self.space.unreserve(count);
                 Err(error)
             }
         };
@@ -154,45 +155,80 @@ impl FileSystem {
         Ok(u32::try_from(len).expect("bounded by IO_BYTES_MAX"))
     }
 
-    fn map_runs(
+    fn write_slices(
+        &self,
+        file: &Arc<OpenFile>,
+        offset: u64,
+        frames: &FrameVec,
+        flags: WriteFlags,
+    ) -> Result<u32, Errno> {
+        let mut done = 0;
+        for slice in frames.slices() {
+            match self.write_cached(file, offset + u64::from(done), slice, flags) {
+                Ok(count) => done += count,
+                Err(_) if done > 0 => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(done)
+    }
+
+    /// Homes for pages that are written past the cache. The caller holds the range exclusively.
+    fn direct_homes(
         &self,
         inode: &Arc<Inode>,
-        first_page: u64,
-        runs: &[(u64, u64)],
+        pages: PageRange,
+        room: Room,
+    ) -> Result<Vec<Placement>, Errno> {
+        if room == Room::Rewrite && !self.is_mapped(inode, pages)? {
+            return Err(Errno::NOSPC);
+        }
+        // A page's write-back may be on its way to the very block that is set aside for it.
+        let unclean = self.pages(inode).unclean_runs(pages, 1);
+        let in_place = unclean.is_none_or(|runs| runs.is_empty());
+        let mut homes = Vec::with_capacity(2);
+        self.place(inode, &[pages], in_place, &mut homes)?;
+        Ok(homes)
+    }
+
+    fn map_homes(
+        &self,
+        inode: &Arc<Inode>,
+        homes: &[Placement],
         crcs: &[u32],
     ) -> Result<(), Errno> {
-        let (mut start, mut crcs) = (first_page, crcs);
-        for &(block, len) in runs {
+        let mut crcs = crcs;
+        for home in homes {
+            let len = home.pages.count();
             let (now, later) = crcs.split_at(usize::try_from(len).expect("bounded"));
             crcs = later;
             self.map_written(
                 inode,
                 &Extent {
-                    start,
+                    start: home.pages.start,
                     len,
-                    block,
+                    block: home.block.0,
                     crcs: now.to_vec(),
                 },
             )?;
-            start += len;
         }
         Ok(())
     }
 
-    /// Writes private pages to runs of blocks and waits for them.
-    fn write_runs(&self, frames: FrameVec, runs: &[(u64, u64)]) -> Result<(), BlockError> {
-        let latch = Arc::new(Latch::new(runs.len()));
+    /// Writes private pages to their homes and waits for them.
+    fn write_homes(&self, frames: FrameVec, homes: &[Placement]) -> Result<(), BlockError> {
+        let latch = Arc::new(Latch::new(homes.len()));
         let mut lender = frames.lend();
         let mut plug = self.volume.plug();
-        for &(block, len) in runs {
-            let count = usize::try_from(len).expect("bounded");
+        for home in homes {
+            let count = usize::try_from(home.pages.count()).expect("bounded");
             let ended = Arc::clone(&latch);
             let end_io = Box::new(move |completion: braidfs_blockdev::Completion| {
                 ended.end(completion.error);
             });
             let bytes = count * usize::try_from(PAGE).expect("a page is small");
             let kiobuf = Kiobuf::new(lender.take(count), 0, bytes, end_io);
-            plug.write(VolBlock(block), kiobuf, Class::Sync);
+            plug.write(home.block, kiobuf, Class::Sync);
         }
         plug.finish();
         latch.wait()

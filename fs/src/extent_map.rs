@@ -14,6 +14,18 @@ use crate::meta::records::{EXTENT_BLOCKS_MAX, Extent, key_u64, pair_key};
 use crate::meta::store::{Store, Table};
 use crate::{Errno, Ino};
 
+/// Longest unwritten extent, in blocks (128 GiB).
+const UNWRITTEN_BLOCKS_MAX: u64 = 1 << 25;
+
+/// What a new extent took the place of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Replaced {
+    /// Blocks of the file that were mapped before.
+    pub blocks: u64,
+    /// How many of them are the same blocks of the volume as now.
+    pub kept: u64,
+}
+
 /// The extents of one inode.
 pub(crate) struct ExtentMap<'a> {
     pub store: &'a Store,
@@ -44,30 +56,47 @@ impl ExtentMap<'_> {
         count: usize,
     ) -> Result<Vec<Extent>, Errno> {
         let mut found = Vec::new();
-        let (low, at) = (pair_key(self.ino, 0), pair_key(self.ino, from));
-        if let Some((key, value)) = self.store.last_at_most(Table::Extents, &low, &at)? {
-            let extent = decode(self.ino, &key, &value)?;
-            if extent.end() > from {
-                found.push(extent);
-            }
+        self.each_overlapping(from, to, &mut |extent| {
+            found.push(extent);
+            found.len() < count
+        })?;
+        Ok(found)
+    }
+
+    /// Hands the extents that have blocks in `from..to` to `each`, whole, in order, until it
+    /// returns false. `each` must not call back into the store.
+    fn each_overlapping(
+        &self,
+        from: u64,
+        to: u64,
+        each: &mut dyn FnMut(Extent) -> bool,
+    ) -> Result<(), Errno> {
+        if from >= to {
+            return Ok(());
+        }
+        if let Some(extent) = self.last_at_most(from)?
+            && extent.end() > from
+            && !each(extent)
+        {
+            return Ok(());
         }
         let mut bad = None;
-        let (next, end) = (
-            pair_key(self.ino, from.saturating_add(1)),
-            pair_key(self.ino, to),
-        );
-        if found.len() >= count {
-            return Ok(found);
-        }
+        let next = pair_key(self.ino, from.saturating_add(1));
+        let end = pair_key(self.ino, to);
         self.store
-            .scan(Table::Extents, &next, &end, &mut |key, value| {
-                match decode(self.ino, key, value) {
-                    Ok(extent) => found.push(extent),
-                    Err(error) => bad = Some(error),
-                }
-                bad.is_none() && found.len() < count
-            })?;
-        bad.map_or(Ok(found), Err)
+            .scan(
+                Table::Extents,
+                &next,
+                &end,
+                &mut |key, value| match decode(self.ino, key, value) {
+                    Ok(extent) => each(extent),
+                    Err(error) => {
+                        bad = Some(error);
+                        false
+                    }
+                },
+            )?;
+        bad.map_or(Ok(()), Err)
     }
 
     /// The last extent that starts at or before `block`.
@@ -77,6 +106,29 @@ impl ExtentMap<'_> {
         found
             .map(|(key, value)| decode(self.ino, &key, &value))
             .transpose()
+    }
+
+    /// The unwritten parts of `from..to`, in order: file block, block of the volume, length.
+    pub(crate) fn unwritten(&self, from: u64, to: u64) -> Result<Vec<(u64, u64, u64)>, Errno> {
+        let mut found = Vec::new();
+        self.each_overlapping(from, to, &mut |extent| {
+            if extent.unwritten() {
+                let part = extent.slice(from, to);
+                found.push((part.start, part.block, part.len));
+            }
+            true
+        })?;
+        Ok(found)
+    }
+
+    /// Blocks of `from..to` that no extent has.
+    pub(crate) fn holes(&self, from: u64, to: u64) -> Result<u64, Errno> {
+        let mut holes = to.saturating_sub(from);
+        self.each_overlapping(from, to, &mut |extent| {
+            holes -= extent.end().min(to) - extent.start.max(from);
+            true
+        })?;
+        Ok(holes)
     }
 
     /// Describes `pages` for the cache: data, or holes that read as zeros.
@@ -127,10 +179,9 @@ impl ExtentMap<'_> {
         );
     }
 
-    /// Takes `from..to` out of the map; what `keep` names stays allocated. Returns how many
-    /// blocks left the map.
-    fn cut(&self, from: u64, to: u64, keep: Option<(u64, u64)>) -> Result<u64, Errno> {
-        let mut removed = 0;
+    /// Takes `from..to` out of the map; what `keep` names stays allocated.
+    fn cut(&self, from: u64, to: u64, keep: Option<(u64, u64)>) -> Result<Replaced, Errno> {
+        let mut removed = Replaced::default();
         for extent in self.overlapping(from, to)? {
             if extent.start >= from {
                 self.store
@@ -143,8 +194,10 @@ impl ExtentMap<'_> {
             }
             let (start, end) = (extent.start.max(from), extent.end().min(to));
             let block = extent.block + (start - extent.start);
-            removed += end - start;
-            if keep.is_none_or(|(kept, len)| block < kept || block >= kept + len) {
+            removed.blocks += end - start;
+            if keep.is_some_and(|(kept, len)| block >= kept && block < kept + len) {
+                removed.kept += end - start;
+            } else {
                 self.space.free(block, end - start);
             }
         }
@@ -153,20 +206,25 @@ impl ExtentMap<'_> {
 
     /// Removes `from..to` and frees its blocks; returns how many.
     pub(crate) fn remove(&self, from: u64, to: u64) -> Result<u64, Errno> {
-        self.cut(from, to, None)
+        Ok(self.cut(from, to, None)?.blocks)
     }
 
     /// Maps `new`, in place of whatever is mapped there; the old blocks are freed, unless they are
-    /// the same ones (an unwritten extent that got written). Returns how many blocks it replaced.
-    pub(crate) fn replace(&self, new: &Extent) -> Result<u64, Errno> {
+    /// the same ones (an unwritten extent that got written, or the other way round).
+    pub(crate) fn replace(&self, new: &Extent) -> Result<Replaced, Errno> {
         let replaced = self.cut(new.start, new.end(), Some((new.block, new.len)))?;
-        if new.unwritten() {
-            self.put(new);
-            return Ok(replaced);
-        }
+        let step = if new.unwritten() {
+            UNWRITTEN_BLOCKS_MAX
+        } else {
+            EXTENT_BLOCKS_MAX
+        };
         let mut at = new.start;
         while at < new.end() {
-            let edge = (at / EXTENT_BLOCKS_MAX + 1) * EXTENT_BLOCKS_MAX;
+            let edge = if new.unwritten() {
+                at.saturating_add(step)
+            } else {
+                (at / step + 1) * step
+            };
             let piece = new.slice(at, edge);
             at = piece.end();
             self.put(&self.joined_with_former(piece)?);
@@ -174,17 +232,40 @@ impl ExtentMap<'_> {
         Ok(replaced)
     }
 
+    /// Turns what has data in `from..to` into blocks that are only set aside, without moving them.
+    pub(crate) fn unwrite(&self, from: u64, to: u64) -> Result<(), Errno> {
+        for extent in self.overlapping(from, to)? {
+            if extent.unwritten() {
+                continue;
+            }
+            let part = extent.slice(from, to);
+            let set_aside = Extent {
+                crcs: Vec::new(),
+                ..part
+            };
+            self.replace(&set_aside)?;
+            self.space.note_converted(set_aside.block, set_aside.len);
+        }
+        Ok(())
+    }
+
     /// `piece`, with the extent before it if the two are one run in file and volume.
     fn joined_with_former(&self, piece: Extent) -> Result<Extent, Errno> {
-        if piece.start.is_multiple_of(EXTENT_BLOCKS_MAX) {
+        let (joins, len_max) = if piece.unwritten() {
+            (piece.start > 0, UNWRITTEN_BLOCKS_MAX)
+        } else {
+            let inside = !piece.start.is_multiple_of(EXTENT_BLOCKS_MAX);
+            (inside, EXTENT_BLOCKS_MAX)
+        };
+        if !joins {
             return Ok(piece);
         }
         match self.last_at_most(piece.start - 1)? {
             Some(mut former)
-                if !former.unwritten()
+                if former.unwritten() == piece.unwritten()
                     && former.end() == piece.start
                     && former.block + former.len == piece.block
-                    && former.len + piece.len <= EXTENT_BLOCKS_MAX =>
+                    && former.len + piece.len <= len_max =>
             {
                 former.len += piece.len;
                 former.crcs.extend_from_slice(&piece.crcs);

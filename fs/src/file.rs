@@ -11,8 +11,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use braidfs_cache::{CacheError, FrameVec, PageRange, ReadData, ReadaheadState};
 
+use crate::alloc::Room;
 use crate::filesystem::FileSystem;
-use crate::inode::{Inode, PAGE, PAGE_END};
+use crate::inode::{Inode, PAGE};
 use crate::{AtimeMode, Errno, FILE_SIZE_MAX, Ino, Timestamp, WriteFlags};
 
 /// Direct I/O smaller than this goes through the cache.
@@ -36,6 +37,11 @@ impl OpenFile {
         self.inode.ino
     }
 
+    /// Whether a write is durable when it returns.
+    pub(crate) fn is_synchronous(&self) -> bool {
+        self.flags & (libc::O_SYNC | libc::O_DSYNC) != 0
+    }
+
     /// open(2) flags.
     pub fn flags(&self) -> i32 {
         self.flags
@@ -56,6 +62,14 @@ impl ReadReply {
     /// `len` bytes of private pages.
     pub(crate) fn private(frames: FrameVec, len: usize) -> Self {
         Self(Pages::Private(frames, len))
+    }
+
+    /// The private pages, if it is those.
+    pub(crate) fn into_private(self) -> Option<FrameVec> {
+        match self.0 {
+            Pages::Private(frames, _) => Some(frames),
+            _ => None,
+        }
     }
 
     /// Bytes.
@@ -221,7 +235,11 @@ impl FileSystem {
         if direct && len >= DIRECT_BYTES_MIN && offset.is_multiple_of(PAGE) {
             let pages = PageRange::covering(offset, len as u64).expect("not empty");
             if !space.has_pages(pages) {
-                return self.read_direct(inode, len, pages, done);
+                let bytes = usize::try_from(pages.count() * PAGE).expect("bounded by IO_BYTES_MAX");
+                return match self.cache.alloc_private(bytes) {
+                    Some(frames) => self.read_direct(inode, len, pages, frames, done),
+                    None => done(Err(Errno::NOMEM)),
+                };
             }
         }
         if let Some(data) = space.read_cached(offset, len, &file.readahead) {
@@ -239,7 +257,7 @@ impl FileSystem {
 
     /// Updates the access time as the mount's options say. Lazily: it goes to the devices with
     /// the next commit that has another reason.
-    fn touch_accessed(&self, inode: &Arc<Inode>, attr: &crate::Attr) {
+    pub(crate) fn touch_accessed(&self, inode: &Arc<Inode>, attr: &crate::Attr) {
         const DAY_SECS: i64 = 24 * 60 * 60;
         if self.options.read_only
             || self.options.atime == AtimeMode::Noatime
@@ -285,9 +303,7 @@ impl FileSystem {
             self.write_cached(file, offset, data, flags)
         };
         let written = written.and_then(|count| {
-            let durable = self.options.sync
-                || file.flags & (libc::O_SYNC | libc::O_DSYNC) != 0
-                || file.inode.is_sync();
+            let durable = self.options.sync || file.is_synchronous() || file.inode.is_sync();
             if durable && !flags.from_kernel_cache {
                 self.fsync(file, true)?;
             }
@@ -318,7 +334,9 @@ impl FileSystem {
         }
     }
 
-    fn write_cached(
+    /// Writes through the cache; less than all when the volume fills up, unless the kernel has
+    /// the pages and could not tell anybody.
+    pub(crate) fn write_cached(
         &self,
         file: &Arc<OpenFile>,
         offset: u64,
@@ -326,29 +344,59 @@ impl FileSystem {
         flags: WriteFlags,
     ) -> Result<u32, Errno> {
         self.check_write(file, offset, data.len(), flags)?;
-        let Some(pages) = PageRange::covering(offset, data.len() as u64) else {
-            return Ok(0);
-        };
+        let mut done = 0;
+        while done < data.len() {
+            match self.write_piece(file, offset + done as u64, &data[done..], flags) {
+                Ok(count) => done += count,
+                Err(_) if done > 0 && !flags.from_kernel_cache => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(u32::try_from(done).expect("bounded by IO_BYTES_MAX"))
+    }
+
+    /// Writes as much of `data`, which is not empty, as blocks can be set aside for at once.
+    fn write_piece(
+        &self,
+        file: &Arc<OpenFile>,
+        offset: u64,
+        data: &[u8],
+        flags: WriteFlags,
+    ) -> Result<usize, Errno> {
+        let pages = PageRange::covering(offset, data.len() as u64).ok_or(Errno::FBIG)?;
         let inode = &file.inode;
         self.cache.balance_dirty();
         self.balance_group()?;
-        self.check_meta_room()?;
-        self.reserve(pages.count())?;
+        self.check_meta_room_of(inode, pages)?;
+        let (count, room) = self.reserve_pages(inode, pages, true)?;
+        let pages = PageRange {
+            start: pages.start,
+            end: pages.start + count,
+        };
+        let data = match usize::try_from(pages.end * PAGE - offset) {
+            Ok(len) if len < data.len() => &data[..len],
+            _ => data,
+        };
+        let end = offset + data.len() as u64;
         let pass = self.gate.enter();
-        let range = inode.ranges.shared(offset, offset + data.len() as u64);
+        let range = inode.ranges.shared(offset, end);
+        if room == Room::Rewrite && self.is_mapped(inode, pages) != Ok(true) {
+            // Somebody punched a hole meanwhile.
+            self.space.unreserve(count);
+            return Ok(0);
+        }
         let result = self.pages(inode).write(offset, data);
         let (outcome, error) = match result {
             Ok(outcome) => (outcome, None),
             Err((error, outcome)) => (outcome, Some(error)),
         };
-        self.space
-            .unreserve(pages.count() - outcome.newly_dirty_pages);
+        self.space.unreserve(count - outcome.newly_dirty_pages);
         if let Some(error) = error {
             return Err(errno(error));
         }
-        self.note_written(inode, offset + data.len() as u64, flags);
+        self.note_written(inode, end, flags);
         drop((range, pass));
-        Ok(u32::try_from(data.len()).expect("bounded by IO_BYTES_MAX"))
+        Ok(data.len())
     }
 
     /// Size, times and set-id bits after a write that ended at `end`.
@@ -367,14 +415,5 @@ impl FileSystem {
             }
         }
         self.mark_dirty(inode);
-    }
-
-    /// Drops a file's pages from `first` on and gives their reservation back.
-    pub(crate) fn discard_from(&self, inode: &Inode, first: u64) {
-        if let Some(space) = inode.space()
-            && let Some(pages) = PageRange::new(first, PAGE_END)
-        {
-            self.space.unreserve(space.discard(pages));
-        }
     }
 }

@@ -19,7 +19,7 @@ use crate::meta::records::{InodeRecord, decode_u64, ino_key};
 use crate::meta::store::{Store, Table};
 use crate::reclaim::Reclaimer;
 use crate::txg::{Gate, ReadEpoch};
-use crate::{Attr, Errno, Ino, MountOptions, ROOT_INO, StatFs, Timestamp};
+use crate::{Attr, Errno, Ino, MountOptions, ROOT_INO, Timestamp};
 
 /// Why a volume could not be mounted or formatted.
 #[derive(Debug, thiserror::Error)]
@@ -351,74 +351,6 @@ impl FileSystem {
         put(SETTING_INODE_COUNT, &self.inode_count);
     }
 
-    /// Sets blocks aside for data, after a commit if that may free some. Call it without a pass
-    /// and without locks.
-    pub(crate) fn reserve(&self, blocks: u64) -> Result<(), Errno> {
-        for _ in 0..2 {
-            match self.space.reserve(blocks) {
-                Err(Errno::NOSPC) => {
-                    self.reclaim_all();
-                    if self.space.pending() == 0 && self.space.open_is_empty() {
-                        break;
-                    }
-                    self.commit_now()?;
-                }
-                done => return done,
-            }
-        }
-        self.space.reserve(blocks)
-    }
-
-    /// `NOSPC` when metadata has no room to grow, so that what is left serves deletion. What the
-    /// open group will take is only guessed (twice its size), so a commit is tried first. Call it
-    /// without a pass.
-    pub(crate) fn check_meta_room(&self) -> Result<(), Errno> {
-        let wanted = || META_ROOM_MIN_BYTES + 2 * self.store.open_bytes() as u64;
-        let growth = || self.volume.unallocated_bytes() / 2;
-        if self.meta.room_bytes() + growth() >= wanted() {
-            return Ok(());
-        }
-        // The end of the file is near: look how much is free inside it.
-        let has_room_inside = || {
-            let used = self.store.used_bytes().map_err(|error| {
-                log::error!("metadata: counting its pages: {error}");
-                Errno::IO
-            })?;
-            let free = self.meta.capacity_bytes().saturating_sub(used);
-            Ok(free + growth() >= wanted())
-        };
-        if has_room_inside()? {
-            return Ok(());
-        }
-        if self.store.open_bytes() > 0 {
-            self.commit_now()?;
-        }
-        if has_room_inside()? {
-            Ok(())
-        } else {
-            Err(Errno::NOSPC)
-        }
-    }
-
-    /// Size and free space.
-    pub fn statfs(&self) -> StatFs {
-        let space = self.space.stats();
-        let bfree = space.free_blocks.saturating_sub(space.reserved_blocks)
-            + space.pending_blocks
-            + space.unallocated_blocks;
-        let used = self.inode_count.load(Ordering::Relaxed);
-        let ffree = bfree.saturating_mul(INODES_PER_BLOCK);
-        StatFs {
-            blocks: space.chunk_blocks + space.unallocated_blocks,
-            bfree,
-            bavail: bfree,
-            files: used + ffree,
-            ffree,
-            bsize: 4096,
-            namelen: 255,
-        }
-    }
-
     /// Counters.
     pub fn stats(&self) -> FsStats {
         FsStats {
@@ -430,9 +362,3 @@ impl FileSystem {
         }
     }
 }
-
-/// Room that only deletions may use.
-const META_ROOM_MIN_BYTES: u64 = 1 << 20;
-
-/// For statfs: an empty file costs a few hundred bytes of metadata.
-const INODES_PER_BLOCK: u64 = 8;

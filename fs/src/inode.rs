@@ -9,20 +9,18 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 
 use braidfs_cache::AddressSpace;
 use parking_lot::{Mutex, RwLock};
 
+use crate::filesystem::FileSystem;
 use crate::meta::records::InodeRecord;
 use crate::range_lock::RangeLock;
 use crate::{Attr, Errno, FLAG_SYNC, Ino, Timestamp};
 
 /// Bytes of a page and of a block.
 pub(crate) const PAGE: u64 = braidfs_blockdev::BLOCK_SIZE;
-
-/// One past the last page that a file may have.
-pub(crate) const PAGE_END: u64 = u64::MAX / PAGE;
 
 /// An inode in memory.
 pub(crate) struct Inode {
@@ -36,6 +34,8 @@ pub(crate) struct Inode {
     /// Orders reads and writes of bytes.
     pub ranges: Arc<RangeLock>,
     space: OnceLock<Arc<AddressSpace>>,
+    /// The file system, set before `space` is.
+    pub owner: OnceLock<Weak<FileSystem>>,
     /// How often the kernel was told of it and has not forgotten.
     pub lookups: AtomicU64,
     /// Open files.
@@ -61,6 +61,7 @@ impl Inode {
             map: RwLock::new(()),
             ranges: Arc::new(RangeLock::default()),
             space: OnceLock::new(),
+            owner: OnceLock::new(),
             lookups: AtomicU64::new(0),
             opens: AtomicU32::new(0),
             queued: AtomicBool::new(false),
@@ -83,18 +84,10 @@ impl Inode {
 
     /// Attributes, with the blocks that dirty pages will take.
     pub(crate) fn attr(&self) -> Attr {
+        let blocks = self.owner.get().and_then(Weak::upgrade);
+        let blocks = blocks.map(|fs| fs.blocks_of(self));
         let mut attr = self.state.lock().attr;
-        if let Some(space) = self.space() {
-            let dirty = space.dirty_page_count();
-            if dirty > 0 {
-                let full = attr.size.div_ceil(PAGE) * (PAGE / 512);
-                let with_dirty = attr.blocks + dirty * (PAGE / 512);
-                attr.blocks = attr.blocks.max(with_dirty.min(full));
-            } else if attr.blocks == 0 && space.next_cached_dirty(0).is_some() {
-                // All of it is under writeback: "no blocks" would read as "only zeros".
-                attr.blocks = PAGE / 512;
-            }
-        }
+        attr.blocks = blocks.unwrap_or(attr.blocks);
         attr
     }
 

@@ -102,7 +102,7 @@ impl FileSystem {
         if in_use || inode.deleted.load(Ordering::SeqCst) {
             return Ok(());
         }
-        self.discard_from(&inode, 0);
+        self.discard_pages(&inode, 0, u64::MAX >> 12);
         if inode.state.lock().attr.is_file() {
             self.truncate(&inode, 0)?;
         }

@@ -1,0 +1,197 @@
+//! Room on the volume: reserving blocks for data, room for metadata, and what statfs shows.
+//!
+//! New blocks of files are reserved until the volume is full. Rewriting pages that have a block
+//! may go on after that, from the float (see [`crate::alloc`]): it is given back by writing the
+//! pages back, or by a commit. So what was preallocated can be written on a full volume, and what
+//! has data can be overwritten there.
+
+use braidfs_cache::{PageRange, SpaceClass};
+
+use crate::alloc::Room;
+use crate::filesystem::FileSystem;
+use crate::inode::Inode;
+use crate::{Errno, StatFs};
+
+/// Metadata room that only deletions may use; half of it is left to rewriting, too.
+const META_ROOM_MIN_BYTES: u64 = 1 << 20;
+
+/// For statfs: an empty file costs a few hundred bytes of metadata.
+const INODES_PER_BLOCK: u64 = 8;
+
+/// How often a reservation is tried, with a write-back or a commit before each but the first:
+/// others may take what came free.
+const TRIES_MAX: u32 = 8;
+
+impl FileSystem {
+    /// Sets blocks aside for data, after a commit if that may free some. Call it without a pass
+    /// and without locks.
+    pub(crate) fn reserve(&self, blocks: u64, room: Room) -> Result<(), Errno> {
+        for attempt in 0..TRIES_MAX {
+            match self.space.reserve(blocks, room) {
+                Err(Errno::NOSPC) => {
+                    if !self.make_room(attempt)? {
+                        break;
+                    }
+                }
+                done => return done,
+            }
+        }
+        self.space.reserve(blocks, room)
+    }
+
+    /// Sets a block aside for each page that is about to be dirtied; the pages may be fewer than
+    /// asked for when the volume is full. Gives how many, and what they were reserved as: for
+    /// [`Room::Rewrite`] the caller looks with [`FileSystem::is_mapped`] again once it has the
+    /// range locked. Call it without a pass and without locks.
+    pub(crate) fn reserve_pages(
+        &self,
+        inode: &Inode,
+        pages: PageRange,
+        short: bool,
+    ) -> Result<(u64, Room), Errno> {
+        let part = |count: u64| PageRange {
+            start: pages.start,
+            end: pages.start + count,
+        };
+        let mut gained = true;
+        for attempt in 0..TRIES_MAX {
+            if let Some(room) = self.try_reserve(inode, pages)? {
+                return Ok((pages.count(), room));
+            }
+            // All of it, as long as there may be more to be had.
+            if short && (attempt > 0 || !gained) {
+                let mut count = pages.count() / 2;
+                while count > 0 {
+                    if let Some(room) = self.try_reserve(inode, part(count))? {
+                        return Ok((count, room));
+                    }
+                    count /= 2;
+                }
+            }
+            if !gained {
+                break;
+            }
+            gained = self.make_room(attempt)?;
+        }
+        Err(Errno::NOSPC)
+    }
+
+    fn try_reserve(&self, inode: &Inode, pages: PageRange) -> Result<Option<Room>, Errno> {
+        match self.space.reserve(pages.count(), Room::Growth) {
+            Err(Errno::NOSPC) => {}
+            done => return done.map(|()| Some(Room::Growth)),
+        }
+        if !self.is_mapped(inode, pages)? {
+            return Ok(None);
+        }
+        match self.space.reserve(pages.count(), Room::Rewrite) {
+            Err(Errno::NOSPC) => Ok(None),
+            done => done.map(|()| Some(Room::Rewrite)),
+        }
+    }
+
+    /// `NOSPC` if the holes among file blocks `from..to` are more than the volume has room for.
+    pub(crate) fn check_growth(&self, inode: &Inode, from: u64, to: u64) -> Result<(), Errno> {
+        for attempt in 0..TRIES_MAX {
+            let holes = {
+                let _map = inode.map.read();
+                self.extents(inode.ino).holes(from, to)?
+            };
+            if holes <= self.space.available() {
+                return Ok(());
+            }
+            if !self.make_room(attempt)? {
+                break;
+            }
+        }
+        Err(Errno::NOSPC)
+    }
+
+    /// Tries to get free blocks; false if there is nothing to be got.
+    fn make_room(&self, attempt: u32) -> Result<bool, Errno> {
+        if attempt == 0 && self.cache.dirty_bytes() > 0 {
+            // Pages with a block of their own give their reservation back when they are written.
+            self.cache.flush_all(SpaceClass::Data);
+            return Ok(true);
+        }
+        self.reclaim_all();
+        if self.space.pending() == 0 && self.space.open_is_empty() {
+            return Ok(false);
+        }
+        self.commit_now()?;
+        Ok(true)
+    }
+
+    /// Whether each of the pages has a block.
+    pub(crate) fn is_mapped(&self, inode: &Inode, pages: PageRange) -> Result<bool, Errno> {
+        let _map = inode.map.read();
+        let holes = self.extents(inode.ino).holes(pages.start, pages.end)?;
+        Ok(holes == 0)
+    }
+
+    /// `NOSPC` when metadata has no room to grow, so that what is left serves deletion. What the
+    /// open group will take is only guessed (twice its size), so a commit is tried first. Call it
+    /// without a pass.
+    pub(crate) fn check_meta_room(&self) -> Result<(), Errno> {
+        self.check_meta_room_for(META_ROOM_MIN_BYTES)
+    }
+
+    /// As [`FileSystem::check_meta_room`], for a change of pages; those that have a block may use
+    /// some of the room that is kept for deletion.
+    pub(crate) fn check_meta_room_of(&self, inode: &Inode, pages: PageRange) -> Result<(), Errno> {
+        match self.check_meta_room() {
+            Err(Errno::NOSPC) if self.is_mapped(inode, pages)? => {
+                self.check_meta_room_for(META_ROOM_MIN_BYTES / 2)
+            }
+            done => done,
+        }
+    }
+
+    fn check_meta_room_for(&self, least_bytes: u64) -> Result<(), Errno> {
+        let wanted = || least_bytes + 2 * self.store.open_bytes() as u64;
+        let growth = || self.volume.unallocated_bytes() / 2;
+        if self.meta.room_bytes() + growth() >= wanted() {
+            return Ok(());
+        }
+        // The end of the file is near: look how much is free inside it.
+        let has_room_inside = || {
+            let used = self.store.used_bytes().map_err(|error| {
+                log::error!("metadata: counting its pages: {error}");
+                Errno::IO
+            })?;
+            let free = self.meta.capacity_bytes().saturating_sub(used);
+            Ok(free + growth() >= wanted())
+        };
+        if has_room_inside()? {
+            return Ok(());
+        }
+        if self.store.open_bytes() > 0 {
+            self.commit_now()?;
+        }
+        if has_room_inside()? {
+            Ok(())
+        } else {
+            Err(Errno::NOSPC)
+        }
+    }
+
+    /// Size and free space.
+    pub fn statfs(&self) -> StatFs {
+        let space = self.space.stats();
+        let bfree = (space.free_blocks + space.unallocated_blocks)
+            .saturating_sub(space.reserved_blocks + space.float_blocks)
+            + space.pending_blocks;
+        let blocks = space.chunk_blocks + space.unallocated_blocks;
+        let used = self.inode_count.load(std::sync::atomic::Ordering::Relaxed);
+        let ffree = bfree.saturating_mul(INODES_PER_BLOCK);
+        StatFs {
+            blocks: blocks.saturating_sub(space.float_blocks).max(bfree),
+            bfree,
+            bavail: bfree,
+            files: used + ffree,
+            ffree,
+            bsize: 4096,
+            namelen: 255,
+        }
+    }
+}
