@@ -82,6 +82,8 @@ pub struct FileSystem {
 /// Counters of a mounted file system.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct FsStats {
+    /// Mounted read-only, or so since a commit failed.
+    pub read_only: bool,
     /// Transaction groups.
     pub txg: TxgStats,
     /// Space, in blocks of 4 KiB.
@@ -354,6 +356,7 @@ impl FileSystem {
     /// Counters.
     pub fn stats(&self) -> FsStats {
         FsStats {
+            read_only: self.check_writable().is_err(),
             txg: self.committer.stats(),
             space: self.space.stats(),
             inodes_in_memory: self.inodes.count(),

@@ -118,9 +118,17 @@ pub struct Timestamp {
 }
 
 impl Timestamp {
-    /// The current time.
+    /// The current time, by the clock from which the kernel stamps files: with its write-back cache
+    /// some times of a file come from there and some from here, and must not be out of order.
     pub fn now() -> Self {
-        Self::from(SystemTime::now())
+        use nix::time::{ClockId, clock_gettime};
+        match clock_gettime(ClockId::CLOCK_REALTIME_COARSE) {
+            Ok(time) => Self {
+                secs: time.tv_sec(),
+                nanos: u32::try_from(time.tv_nsec()).unwrap_or(0),
+            },
+            Err(_) => Self::from(SystemTime::now()),
+        }
     }
 }
 

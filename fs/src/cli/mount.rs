@@ -7,11 +7,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::{env, fs};
 
+use super::control;
 use super::daemon::{self, Job};
 use super::descriptors::close_inherited;
 use super::devices::{device_list, find_members, io_text, source_name};
 use super::exit::{self, CliError};
 use super::options::ParsedOptions;
+use super::umount;
+use crate::fuse::MsFlags;
 
 /// Mount a file system; returns when it can be used.
 #[derive(clap::Args, Debug)]
@@ -77,6 +80,10 @@ pub struct HelperArgs {
 
 /// `braidfs mount`.
 pub fn run(args: &MountArgs) -> Result<(), CliError> {
+    let options = ParsedOptions::parse(&args.options, true).map_err(exit::usage)?;
+    if options.remount {
+        return remount(args);
+    }
     if args.daemon_child {
         close_inherited();
     }
@@ -107,6 +114,39 @@ pub fn run_helper(args: HelperArgs) -> Result<(), CliError> {
         return find_members(&job.devices).map(drop).map_err(exit::failure);
     }
     run(&mount_args)
+}
+
+/// Changes the flags of a mount (`-o remount`): ro, rw, nosuid and so on. What the daemon was told
+/// when it started stays.
+fn remount(args: &MountArgs) -> Result<(), CliError> {
+    let options = ParsedOptions::parse(&args.options, args.sloppy).map_err(exit::usage)?;
+    let place = args.words.last().map_or(Path::new(""), Path::new);
+    let entry = umount::find(place)?;
+    let place = entry.mount_point.display();
+    let stats = control::connect(&entry)
+        .and_then(|stream| control::request_stats(&stream).ok())
+        .and_then(|line| serde_json::from_str::<serde_json::Value>(&line).ok());
+    let read_only = stats.is_some_and(|stats| stats["read_only"] == true);
+    if read_only && !options.core.read_only {
+        return Err(exit::failure(format!(
+            "{place}: its devices are open for reading only; unmount it, and mount it with 'rw'"
+        )));
+    }
+    if options.core.read_only && !read_only {
+        // What was written until now is to be safe when this returns.
+        fs::File::open(&entry.mount_point)
+            .and_then(|root| root.sync_all())
+            .map_err(|error| exit::failure(format!("{place}: {}", io_text(&error))))?;
+    }
+    let flags = options.flags | MsFlags::MS_REMOUNT;
+    nix::mount::mount(
+        None::<&str>,
+        &entry.mount_point,
+        None::<&str>,
+        flags,
+        None::<&str>,
+    )
+    .map_err(|error| exit::system(format!("remount {place}: {}", error.desc())))
 }
 
 /// Checks everything that can be checked without touching a device.

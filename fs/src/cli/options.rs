@@ -47,6 +47,8 @@ pub struct ParsedOptions {
     pub logfile: Option<PathBuf>,
     /// VFS flags.
     pub flags: MsFlags,
+    /// Change the flags of a mount that exists.
+    pub remount: bool,
 }
 
 impl ParsedOptions {
@@ -68,6 +70,7 @@ impl ParsedOptions {
             subtype: "braidfs".to_owned(),
             logfile: None,
             flags: MsFlags::empty(),
+            remount: false,
         }
     }
 
@@ -118,6 +121,7 @@ impl ParsedOptions {
             "direct_io" => self.cache_mode = CacheMode::Direct,
             "writeback_cache" | "kernel_cache" => self.cache_mode = CacheMode::Kernel,
             "nodirect" => self.member_direct = false,
+            "remount" => self.remount = true,
             "suid" => self.flags.remove(MsFlags::MS_NOSUID),
             "nosuid" => self.flags.insert(MsFlags::MS_NOSUID),
             "dev" => self.flags.remove(MsFlags::MS_NODEV),

@@ -56,7 +56,9 @@ pub fn run(args: &UmountArgs) -> Result<(), CliError> {
         false => control::connect(&entry).and_then(|stream| Waiting::begin(stream).ok()),
     };
     detach(&entry.mount_point, how).map_err(|error| refused(&place, error, how))?;
-    if how == Unmount::Lazy {
+    // Where it is mounted elsewhere too (a bind mount), its daemon goes on.
+    let elsewhere = mounts().is_ok_and(|all| all.iter().any(|other| other.dev == entry.dev));
+    if how == Unmount::Lazy || elsewhere {
         return Ok(());
     }
     match waiting {

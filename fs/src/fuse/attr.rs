@@ -83,6 +83,10 @@ pub(super) fn attr_out(of: &Attr, timeout: Duration, blksize: u32) -> Out {
     attr(head, of, blksize)
 }
 
+/// Flags that statx(2) shows (STATX_ATTR_*): immutable, append only, no dump. They have the bits
+/// that they have for chattr.
+const STATX_FLAGS: u32 = 0x10 | 0x20 | 0x40;
+
 /// `struct fuse_statx_out`: as `attr_out`, with the time of birth.
 pub(super) fn statx_out(of: &Attr, timeout: Duration, blksize: u32) -> Out {
     let time = |out: Out, time: Timestamp| out.i64(time.secs).u32(time.nanos).u32(0);
@@ -94,7 +98,7 @@ pub(super) fn statx_out(of: &Attr, timeout: Duration, blksize: u32) -> Out {
         .zeros(16)
         .u32(mask)
         .u32(blksize)
-        .u64(0)
+        .u64(u64::from(of.flags & STATX_FLAGS))
         .u32(of.nlink)
         .u32(of.uid)
         .u32(of.gid)
@@ -103,7 +107,7 @@ pub(super) fn statx_out(of: &Attr, timeout: Duration, blksize: u32) -> Out {
         .u64(of.ino)
         .u64(of.size)
         .u64(of.blocks)
-        .u64(0);
+        .u64(u64::from(STATX_FLAGS));
     let out = time(out, of.atime);
     let out = time(out, of.btime);
     let out = time(out, of.ctime);

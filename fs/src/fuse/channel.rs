@@ -88,7 +88,19 @@ impl Channel {
     /// Has the kernel forget the attributes of an inode; its pages stay.
     pub(super) fn forget_attributes(&self, nodeid: u64) -> Result<(), Errno> {
         const NO_PAGES: i64 = -1;
-        let body = Out::default().u64(nodeid).i64(NO_PAGES).i64(0);
+        self.invalidate(nodeid, NO_PAGES, 0)
+    }
+
+    /// Has the kernel forget pages (and the attributes) of an inode. Waits for reads and writes of
+    /// these pages that are under way, so nobody may wait for the caller to serve those.
+    pub(super) fn forget_pages(&self, nodeid: u64, offset: u64, len: u64) -> Result<(), Errno> {
+        let offset = i64::try_from(offset).map_err(|_| Errno::EINVAL)?;
+        let len = i64::try_from(len).map_err(|_| Errno::EINVAL)?;
+        self.invalidate(nodeid, offset, len)
+    }
+
+    fn invalidate(&self, nodeid: u64, offset: i64, len: i64) -> Result<(), Errno> {
+        let body = Out::default().u64(nodeid).i64(offset).i64(len);
         let header = notify_header(NOTIFY_INVAL_INODE, body.as_slice().len());
         self.write(&[
             IoSlice::new(header.as_slice()),

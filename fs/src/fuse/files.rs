@@ -188,12 +188,23 @@ impl Request<'_> {
         // Nobody looks at attributes on this way unless set-id bits are to go.
         let forget = (flags.kill_suidgid && shared.has_set_ids(&file))
             .then(|| (Arc::clone(shared), file.ino()));
+        // A buffered read may fetch old bytes into the kernel's cache while an asynchronous direct
+        // write is under way; the kernel itself drops them only before such a write.
+        let stale = (direct && shared.options.cache_mode == CacheMode::Kernel)
+            .then(|| (Arc::clone(shared), self.blocking.clone(), file.ino()));
         let reply = self.reply;
         let done = Box::new(move |result| {
             if let Some((shared, ino)) = forget {
                 shared.forget_attributes(ino);
             }
-            reply.written(result);
+            let Some((shared, blocking, ino)) = stale else {
+                return reply.written(result);
+            };
+            blocking.run(move || {
+                let forgot = shared.channel.forget_pages(ino, offset, u64::from(size));
+                log::trace!("inode {ino}: {forgot:?}");
+                reply.written(result);
+            });
         });
         shared.fs.write(&file, offset, data, direct, flags, done);
         Ok(())

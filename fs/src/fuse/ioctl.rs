@@ -1,9 +1,11 @@
-//! ioctl(2): inode flags (chattr, lsattr) and generation numbers.
+//! ioctl(2): inode flags (chattr, lsattr), generation numbers, and trimming.
 //!
 //! The kernel reads and writes flags through its own file-attribute calls, which send the same
 //! commands; who may change which flag it has checked before (CAP_LINUX_IMMUTABLE, ownership).
 
-use nix::{request_code_read, request_code_write};
+use std::sync::Arc;
+
+use nix::{request_code_read, request_code_readwrite, request_code_write};
 
 use super::attr::cred;
 use super::dispatch::{Parsed, Request};
@@ -13,6 +15,8 @@ use crate::{Errno, Ino};
 const LONG: usize = size_of::<libc::c_long>();
 /// Bytes of `struct fsxattr`.
 const FSXATTR: usize = 28;
+/// Bytes of `struct fstrim_range`.
+const TRIM_RANGE: usize = 24;
 
 /// A command, with the direction and size that its number carries.
 const fn command(code: libc::c_ulong) -> u32 {
@@ -27,6 +31,7 @@ const SETFLAGS: u32 = command(request_code_write!(b'f', 2, LONG));
 const GETVERSION: u32 = command(request_code_read!(b'v', 1, LONG));
 const FSGETXATTR: u32 = command(request_code_read!(b'X', 31, FSXATTR));
 const FSSETXATTR: u32 = command(request_code_write!(b'X', 32, FSXATTR));
+const FITRIM: u32 = command(request_code_readwrite!(b'X', 121, TRIM_RANGE));
 
 /// The same flag in the older (FS_*_FL) and in the newer interface (FS_XFLAG_*).
 const FLAGS: [(u32, u32); 5] = [
@@ -87,6 +92,7 @@ impl Request<'_> {
                 self.reply
                     .ioctl(low.map(|version| Out::default().u32(version)));
             }
+            FITRIM => return self.trim(&mut data),
             _ => {
                 log::debug!("no ioctl {command:#x} here, {in_size} bytes");
                 self.reply.empty(Err(NOTTY));
@@ -114,6 +120,21 @@ impl Request<'_> {
             .and_then(|before| from_xflags(xflags, before))
             .and_then(|flags| self.set_flags(ino, flags)))
     }
+
+    /// FITRIM (fstrim). For the superuser only, as everywhere.
+    fn trim(self, data: &mut Args<'_>) -> Parsed {
+        let (start, len, min_len) = (data.u64()?, data.u64()?, data.u64()?);
+        if self.header.uid != 0 {
+            self.reply.empty(Err(Errno::PERM));
+            return Ok(());
+        }
+        let (shared, reply) = (Arc::clone(self.shared), self.reply);
+        self.blocking.run(move || {
+            let trimmed = shared.fs.trim(start, len, min_len);
+            reply.ioctl(trimmed.map(|bytes| Out::default().u64(start).u64(bytes).u64(min_len)));
+        });
+        Ok(())
+    }
 }
 
 /// What a file answers to an ioctl that it does not know.
@@ -127,7 +148,7 @@ mod tests {
     fn commands_have_the_kernels_numbers() {
         assert_eq!((GETFLAGS, SETFLAGS), (0x8008_6601, 0x4008_6602));
         assert_eq!((FSGETXATTR, FSSETXATTR), (0x801c_581f, 0x401c_5820));
-        assert_eq!(GETVERSION, 0x8008_7601);
+        assert_eq!((FITRIM, GETVERSION), (0xc018_5879, 0x8008_7601));
     }
 
     #[test]
