@@ -47,9 +47,13 @@ impl Shared {
                 kill_suidgid: kill,
                 ..SetAttr::default()
             };
+            let set_ids_go = kill && self.has_set_ids(&file);
             if let Err(error) = self.fs.setattr(ino, &set, cred) {
                 self.fs.release(&file);
                 return Err(error);
+            }
+            if set_ids_go {
+                self.forget_attributes(ino);
             }
         }
         Ok(file)

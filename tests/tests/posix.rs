@@ -1,0 +1,194 @@
+//! What a local file system does, seen by the usual tools on a real mount, in both cache modes.
+
+use std::fs;
+use std::process::ExitCode;
+
+use braidfs_tests::command::Cmd;
+use braidfs_tests::env::{Env, Outcome};
+use braidfs_tests::runner::{self, Test};
+use braidfs_tests::volume::{MIB, Volume};
+
+fn main() -> ExitCode {
+    runner::main(
+        "posix",
+        &[
+            Test::new("flags_forbid_and_allow_as_chattr_says", 60, flags),
+            Test::new("a_file_without_a_name_can_get_one", 60, tmpfile),
+            Test::new("statx_shows_the_time_of_birth", 60, birth),
+            Test::new("set_id_bits_go_with_a_write_of_others", 60, set_ids),
+            Test::new("fallocate_seek_and_copy_agree", 60, ranges),
+            Test::new("fstrim_gives_space_back_to_images", 120, trim),
+            Test::new("a_remount_changes_ro_and_rw", 60, remount),
+            Test::new("umount_of_a_bind_mount_does_not_wait", 60, bind),
+        ],
+    )
+}
+
+/// Runs a shell script on a fresh mount in each cache mode; the mount point is its first argument.
+/// `set -e` is on, and `no COMMAND` is what must fail.
+fn in_both_modes(env: &Env, script: &str) {
+    for mode in ["direct_io", "writeback_cache"] {
+        let mut volume = Volume::format(env, mode, &[256 * MIB; 3], &[]);
+        volume.mount(&[mode]);
+        let script = format!("set -eux\nno() {{ ! \"$@\"; }}\ncd \"$1\"\n{script}");
+        Cmd::sh(&script, [&volume.mountpoint]).ok();
+        volume.umount();
+        volume.fsck_clean();
+    }
+}
+
+fn flags(env: &Env) -> Outcome {
+    env.need_tools(&["chattr", "lsattr"])?;
+    let script = "
+        echo one >f; mkdir d; echo x >d/x
+        chattr +i f; lsattr f | grep -q -- ----i
+        no sh -c 'echo two >>f'; no rm f; no mv f g; no ln f g; no chmod 600 f; no touch f
+        no setfattr -n user.a -v 1 f
+        chattr -i f; chattr +a f
+        echo two >>f; no sh -c 'echo three >f'; no rm f; touch f
+        chattr -a f; [ \"$(cat f)\" = \"$(printf 'one\\ntwo')\" ]
+        chattr +i d; no touch d/new; no rm d/x; chattr -i d
+        chattr +a d; touch d/new; no rm d/x; no mv d/x d/y; chattr -a d
+        chattr +AdS d; mkdir d/sub; lsattr -d d/sub | grep -q S; lsattr -d d/sub | grep -q A
+        chattr +t f; lsattr f | grep -q t; no chattr +c f
+        rm -r f d";
+    in_both_modes(env, script);
+    Ok(())
+}
+
+fn tmpfile(env: &Env) -> Outcome {
+    env.need_tools(&["xfs_io"])?;
+    let script = "
+        xfs_io -T -c 'pwrite -S 0x61 0 5000' -c 'flink named' . >/dev/null
+        [ \"$(stat -c '%s %h' named)\" = '5000 1' ]
+        [ \"$(tr -d a <named | wc -c)\" = 0 ]
+        xfs_io -T -c 'pwrite 0 4k' . >/dev/null
+        [ \"$(ls)\" = named ]";
+    in_both_modes(env, script);
+    Ok(())
+}
+
+fn birth(env: &Env) -> Outcome {
+    let script = "
+        before=$(date +%s); echo a >f; born=$(stat -c %W f)
+        [ \"$born\" -ge $((before - 1)) ] && [ \"$born\" -le $((before + 5)) ]
+        touch -d '1901-12-14 00:00:00.5 UTC' f
+        [ \"$(stat -c '%Y %y' f | cut -c1-11)\" = -2147472000 ] || stat -c '%Y %y' f
+        date -u -d @\"$(stat -c %Y f)\" +%Y | grep -q 1901
+        touch -d '2446-05-10 00:00:00.123456789 UTC' f
+        stat -c %y f | grep -q '\\.123456789'
+        [ \"$(stat -c %W f)\" = \"$born\" ]";
+    in_both_modes(env, script);
+    Ok(())
+}
+
+fn set_ids(env: &Env) -> Outcome {
+    env.need_tools(&["setpriv"])?;
+    let script = "
+        chmod 777 .
+        as() { setpriv --reuid 65534 --regid 65534 --clear-groups \"$@\"; }
+        for change in 'echo x >>f' 'truncate -s 1 f' 'echo x >f'; do
+            rm -f f; echo content >f; chmod 6777 f
+            as sh -c \"$change\"; [ \"$(stat -c %a f)\" = 777 ]
+            chmod 6777 f; sh -c \"$change\"; [ \"$(stat -c %a f)\" = 6777 ]
+        done
+        chown 65534:65534 f; [ \"$(stat -c %a f)\" = 777 ]
+        mkdir d; chgrp 65534 d; chmod 2775 d; mkdir d/sub; echo x >d/file
+        [ \"$(stat -c '%g %a' d/sub)\" = '65534 2755' ]; [ \"$(stat -c %g d/file)\" = 65534 ]
+        mkdir s; chmod 1777 s; echo x >s/roots; no as rm -f s/roots";
+    in_both_modes(env, script);
+    Ok(())
+}
+
+fn ranges(env: &Env) -> Outcome {
+    env.need_tools(&["xfs_io"])?;
+    let script = "
+        xfs_io -f -c 'falloc 0 1m' f; [ \"$(stat -c '%s %b' f)\" = '1048576 2048' ]
+        xfs_io -c 'falloc -k 1m 1m' f; [ \"$(stat -c '%s %b' f)\" = '1048576 4096' ]
+        truncate -s 1048576 f; [ \"$(stat -c %b f)\" = 2048 ]
+        xfs_io -c 'pwrite -S 0x62 256k 64k' f >/dev/null; sync f
+        xfs_io -c 'pwrite -S 0x63 512k 4k' f >/dev/null
+        [ \"$(xfs_io -r -c 'seek -d 0' f | tail -n 1)\" = 'DATA\t262144' ] ||
+            xfs_io -r -c 'seek -d 0' f | grep -q 262144
+        xfs_io -r -c 'seek -h 256k' f | grep -q 327680
+        xfs_io -r -c 'seek -d 320k' f | grep -q 524288
+        xfs_io -c 'fpunch 256k 32k' f; [ \"$(stat -c %b f)\" = 1984 ]
+        xfs_io -c 'fzero 280k 16k' f
+        [ \"$(head -c 303104 f | tr -d '\\0' | wc -c)\" = 0 ]
+        [ \"$(head -c 327680 f | tr -d '\\0' | wc -c)\" = 24576 ]
+        no xfs_io -c 'fcollapse 0 4k' f 2>/dev/null
+        xfs_io -f -c 'copy_range f' g >/dev/null; cmp f g
+        sync g; [ \"$(stat -c %b g)\" -le \"$(stat -c %b f)\" ]";
+    in_both_modes(env, script);
+    Ok(())
+}
+
+fn trim(env: &Env) -> Outcome {
+    env.need_tools(&["fstrim", "fio"])?;
+    let mut volume = Volume::format(env, "v", &[512 * MIB; 2], &[]);
+    let used = |volume: &Volume| -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        let images = volume.devices.iter();
+        let blocks = images.map(|image| fs::metadata(image).expect("an image").blocks());
+        blocks.sum::<u64>() * 512
+    };
+    volume.mount(&[]);
+    let fill =
+        "head -c 300M /dev/urandom >\"$1/big\" && sync \"$1/big\" && rm \"$1/big\" && sync \"$1\"";
+    Cmd::sh(fill, [&volume.mountpoint]).ok();
+    // Blocks of a deleted file are free after the commit that follows.
+    volume.remount(&[]);
+    let before = used(&volume);
+    let output = Cmd::new("fstrim").arg("-v").arg(&volume.mountpoint).ok();
+    let after = used(&volume);
+    println!("{} {before} {after}", output.stdout);
+    assert!(before > 290 * MIB, "{before}");
+    assert!(after < 64 * MIB, "{after}");
+    volume.umount();
+    volume.fsck_clean();
+    Ok(())
+}
+
+fn remount(env: &Env) -> Outcome {
+    let mut volume = Volume::format(env, "v", &[128 * MIB; 2], &[]);
+    volume.mount(&[]);
+    let remount = |options: &str| {
+        env.braidfs()
+            .args(["mount", "-o", options])
+            .arg(&volume.devices[0])
+            .arg(&volume.mountpoint)
+    };
+    fs::write(volume.path("file"), "one").expect("write");
+    remount("remount,ro").ok();
+    let refused = fs::write(volume.path("file"), "two").expect_err("read-only");
+    assert_eq!(refused.raw_os_error(), Some(30), "EROFS");
+    remount("remount,rw").ok();
+    fs::write(volume.path("file"), "two").expect("write again");
+    volume.umount();
+    volume.mount(&["ro"]);
+    let told = env
+        .braidfs()
+        .args(["mount", "-o", "remount,rw"])
+        .arg(&volume.devices[0])
+        .arg(&volume.mountpoint)
+        .fails();
+    assert!(told.stderr.contains("reading only"), "{}", told.stderr);
+    volume.umount();
+    Ok(())
+}
+
+fn bind(env: &Env) -> Outcome {
+    let mut volume = Volume::format(env, "v", &[128 * MIB; 2], &[]);
+    volume.mount(&[]);
+    let other = env.mkdir("other");
+    let script = "mount --bind \"$1\" \"$2\" && echo x >\"$2/file\"";
+    Cmd::sh(script, [&volume.mountpoint, &other]).ok();
+    env.braidfs().arg("umount").arg(&other).limit_secs(20).ok();
+    assert_eq!(
+        fs::read_to_string(volume.path("file")).expect("read"),
+        "x\n"
+    );
+    volume.umount();
+    volume.fsck_clean();
+    Ok(())
+}
