@@ -331,7 +331,12 @@ fn io_uring_stays_in_its_corner() {
 
 #[test]
 fn scripts_stop_at_errors_and_explain_themselves() {
-    for name in ["scripts/quickstart", "scripts/test", ".ci/run"] {
+    for name in [
+        "scripts/quickstart",
+        "scripts/test",
+        "scripts/xfstests",
+        ".ci/run",
+    ] {
         let text = fs::read_to_string(project_root().join(name)).expect("a script");
         assert!(
             text.contains("set -euo pipefail"),
