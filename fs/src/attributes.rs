@@ -50,11 +50,14 @@ impl FileSystem {
             self.truncate(&inode, size)?;
         }
         let pass = self.gate.enter();
-        {
+        // Mode and access list change together.
+        let map = set.mode.map(|_| inode.map.write());
+        let is_dir = {
             let mut state = inode.state.lock();
             let attr = &mut state.attr;
             let now = Timestamp::now();
-            if set.kill_suidgid {
+            // On a directory these bits are no privileges.
+            if set.kill_suidgid && !attr.is_dir() {
                 attr.mode = without_set_ids(attr.mode);
             }
             if let Some(mode) = set.mode {
@@ -72,11 +75,18 @@ impl FileSystem {
             if let Some(time) = set.mtime {
                 attr.mtime = time_of(time, now);
             }
-            attr.ctime = set.ctime.unwrap_or(now);
-        }
+            // The kernel's may be older than a change that it does not know of.
+            attr.ctime = set.ctime.map_or(now, |ctime| ctime.max(attr.ctime));
+            attr.is_dir()
+        };
         if set.mode.is_some() {
             let mode = inode.state.lock().attr.mode;
             self.acl_follow_mode(ino, mode)?;
+        }
+        drop(map);
+        let owner = set.uid.is_some() || set.gid.is_some();
+        if !is_dir && (owner || set.size.is_some() || set.kill_suidgid) {
+            self.drop_capabilities(&inode);
         }
         self.mark_dirty(&inode);
         drop(pass);

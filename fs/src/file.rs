@@ -401,6 +401,10 @@ impl FileSystem {
 
     /// Size, times and set-id bits after a write that ended at `end`.
     pub(crate) fn note_written(&self, inode: &Arc<Inode>, end: u64, flags: WriteFlags) {
+        // What comes from the kernel's cache was written, as far as rights go, when it got there.
+        if !flags.from_kernel_cache {
+            self.drop_capabilities(inode);
+        }
         {
             let mut state = inode.state.lock();
             let attr = &mut state.attr;

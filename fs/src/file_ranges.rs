@@ -86,8 +86,9 @@ impl FileSystem {
         self.end_change(inode)
     }
 
-    /// Size and times. The caller holds a pass.
+    /// Size, times and capabilities. The caller holds a pass.
     fn note_range(&self, inode: &Arc<Inode>, span: Span) {
+        self.drop_capabilities(inode);
         {
             let mut state = inode.state.lock();
             state.attr.size = state.attr.size.max(span.size_min);

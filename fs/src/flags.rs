@@ -93,17 +93,33 @@ pub(crate) fn check_open(attr: &Attr, open_flags: i32) -> Result<(), Errno> {
 
 /// May these attributes be set?
 pub(crate) fn check_setattr(attr: &Attr, set: &SetAttr) -> Result<(), Errno> {
+    let owner = set.uid.is_some() || set.gid.is_some();
+    let more_than_times = set.size.is_some() || set.mode.is_some() || owner || set.kill_suidgid;
+    let kept = times_kept_by_kernel(set).filter(|_| !more_than_times);
+    // Times of a write from before the flag was set, which changed ctime: they may come late.
+    if kept.is_some_and(|ctime| ctime <= attr.ctime) {
+        return Ok(());
+    }
     refuse(attr, FLAG_IMMUTABLE)?;
     // touch(1) is allowed. A kernel that keeps times itself sends it as the access time "now" and
     // a modification time of its own.
-    let touched = matches!(set.atime, Some(SetTime::Now));
+    let touched = kept.is_some() || matches!(set.atime, Some(SetTime::Now));
     let times = matches!(set.atime, Some(SetTime::At(_)))
         || matches!(set.mtime, Some(SetTime::At(_))) && !touched;
-    let owner = set.uid.is_some() || set.gid.is_some();
     if set.size.is_some() || set.mode.is_some() || owner || times {
         refuse(attr, FLAG_APPEND)?;
     }
     Ok(())
+}
+
+/// The change time, if this is how a kernel with a write-back cache sends the times of writes: an
+/// mtime and a ctime, no atime. utimensat(2) with UTIME_OMIT for atime looks the same; so such a
+/// kernel may set the mtime alone of an append-only file.
+fn times_kept_by_kernel(set: &SetAttr) -> Option<Timestamp> {
+    match (set.atime, set.mtime) {
+        (None, Some(SetTime::At(_))) => set.ctime,
+        _ => None,
+    }
 }
 
 impl FileSystem {

@@ -50,6 +50,8 @@ pub(crate) struct Inode {
     pub truncating: AtomicU64,
     /// The last transaction group that changed it.
     pub changed_in: AtomicU64,
+    /// Certainly has no file capabilities, so that a write need not look. Changes under `map`.
+    pub no_capabilities: AtomicBool,
 }
 
 impl Inode {
@@ -69,6 +71,7 @@ impl Inode {
             linkable: AtomicBool::new(false),
             truncating: AtomicU64::new(u64::MAX),
             changed_in: AtomicU64::new(0),
+            no_capabilities: AtomicBool::new(false),
         })
     }
 

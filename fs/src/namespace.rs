@@ -268,6 +268,7 @@ impl FileSystem {
             next_cookie: COOKIE_FIRST,
             parent: dir.ino,
         });
+        inode.no_capabilities.store(true, Ordering::SeqCst);
         if let Some(target) = node.target {
             self.store.put(Table::Xattrs, &name_key(ino, b""), target);
         }

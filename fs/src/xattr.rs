@@ -1,6 +1,7 @@
 //! Extended attributes: one row each. (The row with the empty name is a symbolic link's target.)
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use crate::acl::{self, Acl};
 use crate::filesystem::FileSystem;
@@ -10,12 +11,31 @@ use crate::meta::records::{ino_key, name_key};
 use crate::meta::store::Table;
 use crate::{Errno, Ino, NAME_MAX, XATTR_SIZE_MAX};
 
+/// Capabilities that a program file gives to whoever runs it.
+const CAPABILITIES: &[u8] = b"security.capability";
+
+/// Prefixes of names that may be followed by anything. Who may use them is the kernel's business.
+const NAMESPACES: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
+
 fn check_xattr_name(name: &[u8]) -> Result<(), Errno> {
     match name.len() {
-        0 => Err(Errno::INVAL),
-        len if len > NAME_MAX => Err(Errno::RANGE),
-        _ => Ok(()),
+        0 => return Err(Errno::INVAL),
+        len if len > NAME_MAX => return Err(Errno::RANGE),
+        _ => {}
     }
+    if is_acl(name) {
+        return Ok(());
+    }
+    let prefix = NAMESPACES.iter().find(|&&prefix| name.starts_with(prefix));
+    match prefix {
+        None => Err(Errno::NOTSUP),
+        Some(prefix) if prefix.len() == name.len() => Err(Errno::INVAL),
+        Some(_) => Ok(()),
+    }
+}
+
+fn is_acl(name: &[u8]) -> bool {
+    name == acl::ACCESS || name == acl::DEFAULT
 }
 
 impl FileSystem {
@@ -54,6 +74,9 @@ impl FileSystem {
             acl::ACCESS => self.set_access_acl(&inode, value)?,
             acl::DEFAULT => self.set_default_acl(&inode, value)?,
             _ => self.store.put(Table::Xattrs, &key, value),
+        }
+        if name == CAPABILITIES {
+            inode.no_capabilities.store(false, Ordering::SeqCst);
         }
         if clear_sgid {
             inode.state.lock().attr.mode &= !libc::S_ISGID;
@@ -181,12 +204,35 @@ impl FileSystem {
             .store
             .get(Table::Xattrs, &key, |value| value.is_some())?
         {
-            return Err(Errno::NODATA);
+            // No list is what was asked for.
+            return if is_acl(name) {
+                Ok(())
+            } else {
+                Err(Errno::NODATA)
+            };
         }
         self.store.delete(Table::Xattrs, &key);
         inode.touch_changed();
         self.mark_dirty(&inode);
         drop((map, pass));
         self.end_change(&inode)
+    }
+
+    /// Takes file capabilities away: the content or the owner changed, so whoever granted them did
+    /// not grant them to this. The kernel leaves that to us (HANDLE_KILLPRIV_V2). The caller holds
+    /// a pass, and marks the inode dirty.
+    pub(crate) fn drop_capabilities(&self, inode: &Inode) {
+        if inode.no_capabilities.load(Ordering::SeqCst) {
+            return;
+        }
+        let key = name_key(inode.ino, CAPABILITIES);
+        let _map = inode.map.write();
+        let found = self.store.get(Table::Xattrs, &key, |value| value.is_some());
+        // What cannot be read goes, too.
+        if found.unwrap_or(true) {
+            self.store.delete(Table::Xattrs, &key);
+            inode.touch_changed();
+        }
+        inode.no_capabilities.store(true, Ordering::SeqCst);
     }
 }

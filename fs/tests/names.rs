@@ -191,6 +191,7 @@ fn who_may_set_which_flags_and_who_inherits_them() {
         assert_eq!(fs.set_flags(file, unknown, &CRED), Err(Errno::NOTSUP));
     }
     let ctime = fs.getattr(file).unwrap().ctime;
+    common::next_tick();
     fs.set_flags(file, FLAG_NODUMP, &plain).unwrap();
     let attr = fs.getattr(file).unwrap();
     assert!(attr.ctime > ctime && attr.flags == FLAG_NODUMP);

@@ -11,7 +11,7 @@ use super::protocol::{
     WRITE_KILL_SUIDGID, open_reply,
 };
 use super::{CacheMode, Shared};
-use crate::{Attr, Cred, Errno, OpenFile, SetAttr, WriteFlags};
+use crate::{Attr, Cred, Errno, FLAG_SYNC, OpenFile, SetAttr, WriteFlags};
 
 /// Largest piece of a copy_file_range in one request: the caller is to be interruptible between
 /// pieces.
@@ -22,9 +22,11 @@ const ROOT_UID: u32 = 0;
 
 impl Shared {
     /// How an open file is to be treated by the kernel.
-    fn open_reply(&self, flags: i32) -> u32 {
+    fn open_reply(&self, file: &OpenFile, flags: i32) -> u32 {
         let mut reply = match self.options.cache_mode {
             CacheMode::Direct => open_reply::DIRECT_IO | open_reply::PARALLEL_DIRECT_WRITES,
+            // The kernel does not know of the flag, and would tell the writer before it tells us.
+            CacheMode::Kernel if self.is_sync(file) => open_reply::DIRECT_IO,
             CacheMode::Kernel => open_reply::KEEP_CACHE,
         };
         // Only writers have errors to hear about when they close.
@@ -32,6 +34,12 @@ impl Shared {
             reply |= open_reply::NOFLUSH;
         }
         reply
+    }
+
+    fn is_sync(&self, file: &OpenFile) -> bool {
+        self.fs
+            .flags(file.ino())
+            .is_ok_and(|flags| flags & FLAG_SYNC != 0)
     }
 
     pub(super) fn file(&self, handle: u64) -> Result<Arc<OpenFile>, Errno> {
@@ -112,8 +120,11 @@ impl Request<'_> {
         let kill = self.args.u32()? & OPEN_KILL_SUIDGID != 0;
         let cred = cred(&self.header, 0);
         let opened = self.shared.open(self.header.nodeid, flags, kill, &cred);
-        let how = self.shared.open_reply(flags);
-        self.reply.opened(opened.map(|file| (file, how)));
+        let shared = self.shared;
+        self.reply.opened(opened.map(|file| {
+            let how = shared.open_reply(&file, flags);
+            (file, how)
+        }));
         Ok(())
     }
 
@@ -135,9 +146,11 @@ impl Request<'_> {
     }
 
     fn created(self, created: Result<(Attr, Arc<OpenFile>), Errno>, flags: i32) -> Parsed {
-        let how = self.shared.open_reply(flags);
-        self.reply
-            .created(created.map(|(attr, file)| (attr, file, how)));
+        let shared = self.shared;
+        self.reply.created(created.map(|(attr, file)| {
+            let how = shared.open_reply(&file, flags);
+            (attr, file, how)
+        }));
         Ok(())
     }
 

@@ -111,6 +111,12 @@ pub fn create(fs: &FileSystem, parent: Ino, name: &str) -> Arc<OpenFile> {
         .1
 }
 
+/// Waits until files get another time than before: the clock that stamps them has a step of one
+/// tick of the kernel, 10 ms at the most.
+pub fn next_tick() {
+    std::thread::sleep(Duration::from_millis(11));
+}
+
 pub fn open(fs: &FileSystem, name: &str) -> Arc<OpenFile> {
     let attr = fs.lookup(ROOT_INO, name.as_bytes()).expect("look up");
     fs.open(attr.ino, libc::O_RDWR).expect("open")
