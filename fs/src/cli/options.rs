@@ -78,6 +78,8 @@ impl ParsedOptions {
     /// options that are not known (mount -s). The error names the option.
     pub fn parse(lists: &[String], sloppy: bool) -> Result<Self, String> {
         let mut parsed = Self::new();
+        let mut all = lists.iter().flat_map(|list| split_commas(list));
+        parsed.remount = all.any(|option| option.trim() == "remount");
         for option in lists.iter().flat_map(|list| split_commas(list)) {
             let option = option.trim();
             if option.is_empty() {
@@ -222,6 +224,9 @@ impl ParsedOptions {
                 ));
             }
             "comment" | "uhelper" | "helper" => {}
+            // What the kernel's mount table says of any FUSE mount: mount(8) repeats it when it is
+            // told to remount. A new mount has these of its own.
+            "user_id" | "group_id" | "max_read" | "blksize" if self.remount => {}
             _ => return Ok(false),
         }
         Ok(true)
@@ -350,6 +355,14 @@ mod tests {
         assert!(parsed.flags.is_empty());
         let parsed = parse("user,exec").unwrap();
         assert_eq!(parsed.flags, MsFlags::MS_NOSUID | MsFlags::MS_NODEV);
+    }
+
+    #[test]
+    fn a_remount_may_repeat_the_mount_table() {
+        let table = "user_id=0,group_id=0,default_permissions,allow_other,max_read=1048576";
+        let parsed = parse(&format!("rw,relatime,{table},blksize=4096,remount,ro")).unwrap();
+        assert!(parsed.remount && parsed.core.read_only);
+        assert!(parse(table).unwrap_err().contains("user_id=0"));
     }
 
     #[test]
