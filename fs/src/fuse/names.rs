@@ -15,7 +15,11 @@ impl Request<'_> {
         let fs = &self.shared.fs;
         match name {
             // Asked for by export operations (name_to_handle_at) for a directory itself.
-            b"." => self.reply.entry(fs.lookup_ino(parent)),
+            // A file that lost its last name is not to be found again.
+            b"." => self.reply.entry(match fs.getattr(parent) {
+                Ok(attr) if attr.nlink == 0 => Err(Errno::STALE),
+                _ => fs.lookup_ino(parent),
+            }),
             b".." => self.reply.entry(fs.lookup(parent, name)),
             name => match fs.lookup(parent, name) {
                 Err(Errno::NOENT) => self.reply.negative_entry(),
