@@ -110,8 +110,8 @@ impl FileSystem {
             return self.copy_bytes(from, to, len.min(PAGE - within));
         }
         match self.copy_pages(from, to, len / PAGE) {
-            // Too much for a small cache.
-            Err(Errno::NOMEM) => self.copy_bytes(from, to, len.min(PAGE)),
+            // Too much for a small cache, or for what a full volume keeps for rewriting.
+            Err(Errno::NOMEM | Errno::NOSPC) => self.copy_bytes(from, to, len.min(PAGE)),
             done => done,
         }
     }

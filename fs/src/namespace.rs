@@ -89,10 +89,15 @@ impl FileSystem {
             let mut state = dir.state.lock();
             let cookie = state.next_cookie;
             state.next_cookie += 1;
-            state.attr.size += 2 * name.len() as u64;
             cookie
         };
-        self.put_entry(dir, name, &DentryRecord { ino, cookie, kind });
+        self.add_entry(dir, name, &DentryRecord { ino, cookie, kind });
+    }
+
+    /// Adds a name at a place in the listing that is free.
+    fn add_entry(&self, dir: &Arc<Inode>, name: &[u8], record: &DentryRecord) {
+        dir.state.lock().attr.size += 2 * name.len() as u64;
+        self.put_entry(dir, name, record);
     }
 
     /// Sets what a name stands for. The caller has counted the name.
@@ -107,9 +112,14 @@ impl FileSystem {
     }
 
     fn remove_entry(&self, dir: &Arc<Inode>, name: &[u8], record: &DentryRecord) {
-        self.store.delete(Table::Dentries, &name_key(dir.ino, name));
         self.store
             .delete(Table::Cookies, &pair_key(dir.ino, record.cookie));
+        self.remove_name(dir, name);
+    }
+
+    /// Removes a name whose place in the listing another one has now.
+    fn remove_name(&self, dir: &Arc<Inode>, name: &[u8]) {
+        self.store.delete(Table::Dentries, &name_key(dir.ino, name));
         {
             let mut state = dir.state.lock();
             state.attr.size = state.attr.size.saturating_sub(2 * name.len() as u64);
@@ -686,6 +696,7 @@ impl FileSystem {
     /// `whiteout`: what the old name is to stand for afterwards.
     fn replace(&self, plan: &Rename<'_>, whiteout: Option<&Inode>) {
         let Rename { from, to, .. } = plan;
+        let keeps_place = from.ino == to.ino && plan.replaced.is_none() && whiteout.is_none();
         match plan.replaced {
             Some((target, replaced)) => {
                 self.put_entry(to, plan.new_name, &target.naming(&plan.source));
@@ -696,6 +707,8 @@ impl FileSystem {
                     self.drop_link(replaced);
                 }
             }
+            // Whoever renames what a listing gives him must not be given it again and again.
+            None if keeps_place => self.add_entry(to, plan.new_name, &plan.source),
             None => self.insert_entry(to, plan.new_name, plan.source.ino, plan.source.kind),
         }
         match whiteout {
@@ -707,6 +720,7 @@ impl FileSystem {
                 };
                 self.put_entry(from, plan.name, &record);
             }
+            None if keeps_place => self.remove_name(from, plan.name),
             None => self.remove_entry(from, plan.name, &plan.source),
         }
         self.reparent(plan.moved, from, to);

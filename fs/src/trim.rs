@@ -19,12 +19,11 @@ impl FileSystem {
     /// in the volume and is left alone, as is what was freed and is not committed.
     pub fn trim(&self, start: u64, len: u64, min_len: u64) -> Result<u64, Errno> {
         self.check_writable()?;
-        let end = self.space.end();
-        let from = start.div_ceil(BLOCK_SIZE);
-        let to = (start.saturating_add(len) / BLOCK_SIZE).min(end);
-        if len < BLOCK_SIZE || start / BLOCK_SIZE >= end.max(1) {
+        if len < BLOCK_SIZE || start / BLOCK_SIZE >= self.statfs().blocks {
             return Err(Errno::INVAL);
         }
+        let from = start.div_ceil(BLOCK_SIZE);
+        let to = (start.saturating_add(len) / BLOCK_SIZE).min(self.space.end());
         let least = min_len.div_ceil(BLOCK_SIZE).max(1);
         let (mut at, mut trimmed) = (from, 0);
         // A rest that is shorter than `least` belongs to the run of the step before.

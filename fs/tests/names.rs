@@ -323,6 +323,9 @@ fn a_name_keeps_its_place_in_a_listing() {
     assert_eq!(names(&fs, ROOT_INO), ["a", "b", "c", "e"]);
     let attr = fs.lookup(ROOT_INO, b"a").unwrap();
     assert_eq!((attr.mode, attr.rdev), (libc::S_IFCHR, 0));
+    fs.rename(ROOT_INO, b"b", ROOT_INO, b"z", 0, &CRED).unwrap();
+    assert_eq!(names(&fs, ROOT_INO), ["a", "z", "c", "e"]);
+    assert_eq!(fs.lookup(ROOT_INO, b"b"), Err(Errno::NOENT));
     fs.unmount().unwrap();
     check(&devices);
 }

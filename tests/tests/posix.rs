@@ -83,7 +83,7 @@ fn birth(env: &Env) -> Outcome {
 }
 
 fn set_ids(env: &Env) -> Outcome {
-    env.need_tools(&["setpriv"])?;
+    env.need_tools(&["setpriv", "xfs_io"])?;
     let script = "
         chmod 777 .
         as() { setpriv --reuid 65534 --regid 65534 --clear-groups \"$@\"; }
@@ -92,6 +92,9 @@ fn set_ids(env: &Env) -> Outcome {
             as sh -c \"$change\"; [ \"$(stat -c %a f)\" = 777 ]
             chmod 6777 f; sh -c \"$change\"; [ \"$(stat -c %a f)\" = 6777 ]
         done
+        chmod 2666 f; as xfs_io -c 'falloc 0 4k' f; [ \"$(stat -c %a f)\" = 666 ]
+        chgrp 65534 f; chmod 2666 f; as xfs_io -c 'falloc 0 4k' f; [ \"$(stat -c %a f)\" = 2666 ]
+        chgrp 0 f; chmod 6777 f
         chown 65534:65534 f; [ \"$(stat -c %a f)\" = 777 ]
         mkdir d; chgrp 65534 d; chmod 2775 d; mkdir d/sub; echo x >d/file
         [ \"$(stat -c '%g %a' d/sub)\" = '65534 2755' ]; [ \"$(stat -c %g d/file)\" = 65534 ]

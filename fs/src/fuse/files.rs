@@ -76,19 +76,35 @@ impl Shared {
     }
 
     /// Changes of content that are no WRITE carry no flag for it: an ordinary user's clear the
-    /// set-id bits.
-    fn drop_set_ids(&self, uid: u32, file: &OpenFile) -> Result<(), Errno> {
-        if uid == ROOT_UID || !self.has_set_ids(file) {
+    /// set-id bits. The set-group-id bit of a file that its group may not run goes only if the
+    /// caller is not in that group.
+    fn drop_set_ids(&self, cred: &Cred, file: &OpenFile) -> Result<(), Errno> {
+        if cred.uid == ROOT_UID || !self.has_set_ids(file) {
             return Ok(());
         }
+        let attr = self.fs.getattr(file.ino())?;
+        let lone_sgid = attr.mode & (libc::S_ISGID | libc::S_IXGRP) == libc::S_ISGID;
+        let strip = lone_sgid && !in_group(cred, attr.gid);
         let set = SetAttr {
             kill_suidgid: true,
+            mode: strip.then_some(attr.mode & 0o7777 & !(libc::S_ISUID | libc::S_ISGID)),
             ..SetAttr::default()
         };
         self.fs.setattr(file.ino(), &set, &Cred::default())?;
         self.forget_attributes(file.ino());
         Ok(())
     }
+}
+
+/// Whether the caller is in a group: by its own group id, or by the others of its process, which
+/// requests do not carry.
+fn in_group(cred: &Cred, gid: u32) -> bool {
+    if cred.gid == gid {
+        return true;
+    }
+    let status = std::fs::read_to_string(format!("/proc/{}/status", cred.pid)).unwrap_or_default();
+    let groups = status.lines().find_map(|line| line.strip_prefix("Groups:"));
+    groups.is_some_and(|all| all.split_whitespace().any(|one| one.parse() == Ok(gid)))
 }
 
 /// `struct fuse_create_in` and the name behind it.
@@ -269,10 +285,11 @@ impl Request<'_> {
     pub(super) fn fallocate(mut self) -> Parsed {
         let (handle, offset, length) = (self.args.u64()?, self.args.u64()?, self.args.u64()?);
         let mode = self.args.u32()?.cast_signed();
-        let (shared, reply, uid) = (Arc::clone(self.shared), self.reply, self.header.uid);
+        let cred = cred(&self.header, 0);
+        let (shared, reply) = (Arc::clone(self.shared), self.reply);
         self.blocking.run(move || {
             let result = shared.file(handle).and_then(|file| {
-                shared.drop_set_ids(uid, &file)?;
+                shared.drop_set_ids(&cred, &file)?;
                 shared.fs.fallocate(&file, mode, offset, length)
             });
             reply.empty(result);
@@ -299,11 +316,12 @@ impl Request<'_> {
         self.args.skip(8)?; // inode to write to
         let (handle_out, offset_out) = (self.args.u64()?, self.args.u64()?);
         let len = self.args.u64()?.min(COPY_BYTES_MAX);
-        let (shared, reply, uid) = (Arc::clone(self.shared), self.reply, self.header.uid);
+        let cred = cred(&self.header, 0);
+        let (shared, reply) = (Arc::clone(self.shared), self.reply);
         self.blocking.run(move || {
             let copied = shared.file(handle_in).and_then(|from| {
                 let to = shared.file(handle_out)?;
-                shared.drop_set_ids(uid, &to)?;
+                shared.drop_set_ids(&cred, &to)?;
                 shared
                     .fs
                     .copy_file_range(&from, offset_in, &to, offset_out, len)
