@@ -69,6 +69,8 @@ pub struct Volume {
     queues: Vec<Arc<DeviceQueue>>,
     map: RwLock<Arc<ChunkMap>>,
     durable: Mutex<Durable>,
+    /// See [`Volume::meta_growth_bytes`].
+    meta_growth: AtomicU64,
     read_only: bool,
     was_clean: bool,
     closed: AtomicBool,
@@ -189,6 +191,7 @@ impl Volume {
                 generation,
                 failed: None,
             }),
+            meta_growth: AtomicU64::new(0),
             identity,
             devices,
             queues,
@@ -202,6 +205,7 @@ impl Volume {
         for queue in &volume.queues {
             queue.set_fallback(fallback.clone());
         }
+        volume.note_meta_growth(&volume.durable.lock().table);
         volume
     }
 
@@ -243,6 +247,7 @@ impl Volume {
         self.update(&mut durable, table, false)
             .map_err(|e| block_error(&self.devices, e))?;
         *self.map.write() = Arc::new(ChunkMap::new(&durable.table.chunks, self.devices.len()));
+        self.note_meta_growth(&durable.table);
         Ok(chunk)
     }
 
@@ -278,6 +283,18 @@ impl Volume {
     /// Raw device bytes in no chunk that a data chunk could still use.
     pub fn unallocated_bytes(&self) -> u64 {
         self.space(&self.durable.lock().table).unallocated()
+    }
+
+    /// Bytes by which metadata can surely grow: what its next chunks would hold, of which no more
+    /// than 64 are looked at. Cheap.
+    pub fn meta_growth_bytes(&self) -> u64 {
+        self.meta_growth.load(Ordering::Relaxed)
+    }
+
+    fn note_meta_growth(&self, table: &Table) {
+        const CHUNKS_LOOKED_AT: usize = 64;
+        let growth = self.space(table).meta_growth(CHUNKS_LOOKED_AT);
+        self.meta_growth.store(growth, Ordering::Relaxed);
     }
 
     /// Raw device bytes that the next metadata chunk would take, both copies; 0 if none fits.

@@ -31,7 +31,7 @@ const REST_BYTES: u64 = 16 << 20;
 const PREPARE_ROUNDS_MAX: usize = 3;
 
 /// An open group larger than this is committed before its time.
-const GROUP_BYTES_MAX: usize = 32 << 20;
+pub(crate) const GROUP_BYTES_MAX: usize = 32 << 20;
 
 /// How often inodes that nothing holds are let go of: it looks at all that are in memory.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -164,7 +164,7 @@ impl FileSystem {
         if bytes > GROUP_BYTES_MAX {
             self.committer.nudge();
         }
-        Ok(())
+        self.balance_meta_room()
     }
 
     /// Everything is durable when this returns well.
@@ -209,7 +209,8 @@ impl FileSystem {
         }
     }
 
-    fn is_changed(&self) -> bool {
+    /// Whether there is anything to commit.
+    pub(crate) fn is_changed(&self) -> bool {
         !self.store.open_is_empty()
             || !self.space.open_is_empty()
             || !self.dirty.lock().is_empty()

@@ -5,15 +5,25 @@
 //! pages back, or by a commit. So what was preallocated can be written on a full volume, and what
 //! has data can be overwritten there.
 
+use braidfs_blockdev::BLOCK_SIZE;
 use braidfs_cache::{PageRange, SpaceClass};
 
 use crate::alloc::Room;
+use crate::commit::GROUP_BYTES_MAX;
 use crate::filesystem::FileSystem;
 use crate::inode::Inode;
 use crate::{Errno, StatFs};
 
 /// Metadata room that only deletions may use; half of it is left to rewriting, too.
 const META_ROOM_MIN_BYTES: u64 = 1 << 20;
+
+/// Memory of an inode's record in a group, and of what one dirty page adds to it, in bytes.
+const INODE_RECORD_BYTES: u64 = 256;
+const PAGE_RECORD_BYTES: u64 = 128;
+
+/// Bytes of pages that a commit writes for one changed record in a large tree: its leaf, and a
+/// share of the branches above and of a split.
+const TOUCHED_BYTES: u64 = 8 << 10;
 
 /// For statfs: an empty file costs a few hundred bytes of metadata.
 const INODES_PER_BLOCK: u64 = 8;
@@ -129,9 +139,8 @@ impl FileSystem {
         Ok(holes == 0)
     }
 
-    /// `NOSPC` when metadata has no room to grow, so that what is left serves deletion. What the
-    /// open group will take is only guessed (twice its size), so a commit is tried first. Call it
-    /// without a pass.
+    /// `NOSPC` when metadata has no room to grow, so that what is left serves deletion. A commit,
+    /// after which the open group needs nothing, is tried first. Call it without a pass.
     pub(crate) fn check_meta_room(&self) -> Result<(), Errno> {
         self.check_meta_room_for(META_ROOM_MIN_BYTES)
     }
@@ -148,31 +157,62 @@ impl FileSystem {
     }
 
     fn check_meta_room_for(&self, least_bytes: u64) -> Result<(), Errno> {
-        let wanted = || least_bytes + 2 * self.store.open_bytes() as u64;
-        let growth = || self.volume.unallocated_bytes() / 2;
-        if self.meta.room_bytes() + growth() >= wanted() {
+        if self.has_ample_meta_room() || self.has_meta_room(least_bytes)? {
             return Ok(());
         }
-        // The end of the file is near: look how much is free inside it.
-        let has_room_inside = || {
-            let used = self.store.used_bytes().map_err(|error| {
-                log::error!("metadata: counting its pages: {error}");
-                Errno::IO
-            })?;
-            let free = self.meta.capacity_bytes().saturating_sub(used);
-            Ok(free + growth() >= wanted())
-        };
-        if has_room_inside()? {
-            return Ok(());
-        }
-        if self.store.open_bytes() > 0 {
+        if self.is_changed() {
             self.commit_now()?;
         }
-        if has_room_inside()? {
+        if self.has_meta_room(least_bytes)? {
             Ok(())
         } else {
             Err(Errno::NOSPC)
         }
+    }
+
+    /// Commits when the open group would soon need more room than metadata has. Every change asks
+    /// here, deletions too, so the group never gets there.
+    pub(crate) fn balance_meta_room(&self) -> Result<(), Errno> {
+        if !self.has_ample_meta_room() && self.is_changed() && !self.has_meta_room(0)? {
+            self.commit_now()?;
+        }
+        Ok(())
+    }
+
+    /// Whether there is room for the largest group, without looking closer.
+    fn has_ample_meta_room(&self) -> bool {
+        let room = self.meta.room_bytes(self.volume.meta_growth_bytes());
+        let pages = self.options.cache_bytes / BLOCK_SIZE;
+        let most = 2 * (GROUP_BYTES_MAX as u64 + pages * PAGE_RECORD_BYTES);
+        room >= META_ROOM_MIN_BYTES + 2 * most + self.meta.capacity_bytes()
+    }
+
+    /// Whether metadata has room for all changes that are not durable yet, and `least_bytes` more.
+    fn has_meta_room(&self, least_bytes: u64) -> Result<bool, Errno> {
+        let wanted = least_bytes + self.meta_need_bytes();
+        let growth = self.volume.meta_growth_bytes();
+        if self.meta.room_bytes(growth) >= wanted {
+            return Ok(true);
+        }
+        // The end of the file is near: look how much is free inside it.
+        let used = self.store.used_bytes().map_err(|error| {
+            log::error!("metadata: counting its pages: {error}");
+            Errno::IO
+        })?;
+        let free = self.meta.reachable_bytes(growth).saturating_sub(used);
+        Ok(free >= wanted)
+    }
+
+    /// At most how many bytes of new pages a commit of everything that is not durable yet takes:
+    /// redb writes a page that it touches to another place, and gives the old one back only after
+    /// the next commit. Inodes and the extents of dirty pages become records at the commit.
+    fn meta_need_bytes(&self) -> u64 {
+        let unwritten = self.store.unwritten();
+        let inodes = self.dirty.lock().len() as u64;
+        let pages = (self.cache.dirty_bytes() + self.cache.writeback_bytes()) / BLOCK_SIZE;
+        let bytes = unwritten.bytes + inodes * INODE_RECORD_BYTES + pages * PAGE_RECORD_BYTES;
+        let touched = (unwritten.records + inodes + pages) * TOUCHED_BYTES;
+        2 * bytes + touched.min(self.meta.capacity_bytes())
     }
 
     /// Size and free space.

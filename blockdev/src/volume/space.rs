@@ -179,6 +179,20 @@ impl Space {
         self.free.iter().zip(held).map(room).collect()
     }
 
+    /// Bytes that the next `count` chunks of metadata would hold, or as many of them as fit.
+    pub(crate) fn meta_growth(&self, count: usize) -> u64 {
+        let (mut rest, mut bytes) = (self.clone(), 0);
+        for _ in 0..count {
+            let Some(plan) = rest.plan_meta() else { break };
+            for member in &plan.members {
+                let free = &mut rest.free[usize::from(member.dev)];
+                free.take(member.offset_bytes, plan.member_len_bytes);
+            }
+            bytes += plan.member_len_bytes;
+        }
+        bytes
+    }
+
     fn plan(&self, kind: ChunkKind, profile: Profile, devs: &[usize], len: u64) -> Option<Plan> {
         let mut free = self.free.clone();
         let mut members = Vec::new();

@@ -149,6 +149,9 @@ impl MetaChunk {
     }
 }
 
+/// Checksums take less than this share of a chunk.
+const CHECKSUM_SHARE: u64 = 64;
+
 struct State {
     chunks: Vec<MetaChunk>,
     head: Head,
@@ -300,11 +303,29 @@ impl MetaFile {
         state.chunks.last().map_or(0, MetaChunk::end_page) * PAGE_SIZE as u64
     }
 
-    /// Bytes behind the highest page ever written, before the volume has to grant another chunk.
-    pub(crate) fn room_bytes(&self) -> u64 {
-        let state = self.state.lock();
-        let end = state.chunks.last().map_or(0, MetaChunk::end_page);
-        end.saturating_sub(state.high_page) * PAGE_SIZE as u64
+    /// How long the file may become when its chunks may grow by `growth` bytes. redb makes its file
+    /// twice as long when it is full, and uses the new part from both ends; so growing counts only
+    /// where all of that has a home.
+    pub(crate) fn reachable_bytes(&self, growth: u64) -> u64 {
+        /// Where its file has whole regions, redb adds one at a time.
+        const STEP_BYTES_MAX: u64 = 4 << 30;
+        /// What it may add for one large value, and for its own headers.
+        const EXTRA_BYTES: u64 = 256 << 10;
+        let most = self.capacity_bytes() + growth - growth / CHECKSUM_SHARE;
+        let mut len = self.state.lock().head.len_bytes.max(PAGE_SIZE as u64);
+        loop {
+            let next = len + len.min(STEP_BYTES_MAX) + EXTRA_BYTES;
+            if next > most {
+                return len.min(most);
+            }
+            len = next;
+        }
+    }
+
+    /// Bytes of that which lie behind the highest page ever written, so are surely free.
+    pub(crate) fn room_bytes(&self, growth: u64) -> u64 {
+        let written = self.state.lock().high_page * PAGE_SIZE as u64;
+        self.reachable_bytes(growth).saturating_sub(written)
     }
 
     /// Makes chunks until page `end - 1` has a home.
@@ -433,6 +454,9 @@ impl redb::StorageBackend for MetaStorage {
     fn set_len(&self, len: u64) -> io::Result<()> {
         let old = {
             let mut state = self.0.state.lock();
+            // Every page has a home before redb uses it, whichever it uses first.
+            let end = len.div_ceil(PAGE_SIZE as u64);
+            self.0.grow_to(&mut state, end).map_err(io_error)?;
             state.head_dirty |= state.head.len_bytes != len;
             std::mem::replace(&mut state.head.len_bytes, len)
         };

@@ -77,6 +77,13 @@ impl Group {
         self.changes.iter().all(BTreeMap::is_empty)
     }
 
+    fn records(&self) -> u64 {
+        self.changes
+            .iter()
+            .map(|changes| changes.len() as u64)
+            .sum()
+    }
+
     fn set(&mut self, table: Table, key: &[u8], value: Option<Vec<u8>>) {
         let cost = |value: &Option<Vec<u8>>| value.as_ref().map_or(0, Vec::len);
         let added = cost(&value);
@@ -89,6 +96,15 @@ impl Group {
             changes.insert(key.to_vec(), value);
         }
     }
+}
+
+/// Changes that are not durable yet.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Unwritten {
+    /// Memory that they take.
+    pub bytes: u64,
+    /// How many records they set or remove.
+    pub records: u64,
 }
 
 type Base = [ReadOnlyTable<&'static [u8], &'static [u8]>; TABLE_COUNT];
@@ -201,6 +217,20 @@ impl Store {
     /// Memory that the open group takes, in bytes, roughly.
     pub(crate) fn open_bytes(&self) -> usize {
         self.state.read().open.bytes
+    }
+
+    /// Memory and number of the changes that are not durable yet: those of the open group and of
+    /// the one that is being committed.
+    pub(crate) fn unwritten(&self) -> Unwritten {
+        let state = self.state.read();
+        let groups = [Some(&state.open), state.committing.as_deref()];
+        groups
+            .into_iter()
+            .flatten()
+            .fold(Unwritten::default(), |sum, group| Unwritten {
+                bytes: sum.bytes + group.bytes as u64,
+                records: sum.records + group.records(),
+            })
     }
 
     /// Whether the open group changed nothing.

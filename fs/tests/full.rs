@@ -1,0 +1,70 @@
+//! Volumes that are full: of data, of names, of both.
+
+mod common;
+
+use braidfs::{Errno, ROOT_INO};
+use common::*;
+
+/// Creates and writes files of a few KiB until nothing goes any more; returns how many. Nothing
+/// but ENOSPC may come.
+fn fill(fs: &braidfs::FileSystem, dir: u64, salt: usize) -> usize {
+    let bytes = vec![7; 12 << 10];
+    let (mut refused, mut count) = (0, 0);
+    while refused < 20 {
+        let name = format!("{:x}-{salt}", count * 7919 % 100_003);
+        count += 1;
+        let flags = libc::O_RDWR | libc::O_CREAT;
+        let made = fs.create(dir, name.as_bytes(), 0o644, flags, &CRED);
+        let file = match made {
+            Ok((_, file)) => file,
+            Err(error) => {
+                assert_eq!(error, Errno::NOSPC, "create {count}");
+                refused += 1;
+                continue;
+            }
+        };
+        match try_write(fs, &file, 0, &bytes[..count % bytes.len()], false) {
+            Ok(_) => {}
+            Err(error) => {
+                assert_eq!(error, Errno::NOSPC, "write {count}");
+                refused += 1;
+            }
+        }
+        fs.release(&file);
+        fs.forget(file.ino(), 1);
+    }
+    count
+}
+
+fn names_of(fs: &braidfs::FileSystem, dir: u64) -> Vec<Vec<u8>> {
+    let mut names = Vec::new();
+    fs.readdir(dir, 0, &mut |entry| {
+        names.push(entry.name.to_vec());
+        true
+    })
+    .unwrap();
+    names.split_off(2)
+}
+
+#[test]
+fn a_volume_full_of_small_files_is_full_and_nothing_worse() {
+    let devices = devices(3, 40 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let dir = fs.mkdir(ROOT_INO, b"d", 0o755, &CRED).unwrap().ino;
+    for round in 0..2 {
+        let made = fill(&fs, dir, round);
+        assert!(made > 2000, "{made}");
+        fs.sync().unwrap();
+        // Every third first, so that deletion itself has to touch all of the tables.
+        for step in [3, 1] {
+            for name in names_of(&fs, dir).iter().step_by(step) {
+                fs.unlink(dir, name).unwrap();
+            }
+            fs.sync().unwrap();
+        }
+        assert!(!fs.stats().read_only);
+    }
+    fs.unmount().unwrap();
+    check(&devices);
+}
