@@ -15,9 +15,8 @@
 //! The *float* is a number of free blocks that only rewriting may reserve: pages whose file block
 //! is mapped already, be it with data or set aside. What such a page takes comes back: at once when
 //! it is written in place to a block that was set aside, at the next commit when it replaces an
-//! older block, and when it is dropped. So `free - reserved + pages being rewritten + pending`
-//! never
-//! goes below the float, after a commit all of it is there again, and a rewrite on a full volume
+//! older block, and when it is dropped. So `free - reserved + pages being rewritten + pending` does
+//! not go below the float, after a commit all of it is there again, and a rewrite on a full volume
 //! succeeds, if need be after a commit. New blocks of files never touch it.
 //!
 //! A block with data that was turned into one set aside (ZERO_RANGE) is still named as data by the
