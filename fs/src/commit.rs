@@ -209,7 +209,7 @@ impl FileSystem {
         }
     }
 
-    /// Whether there is anything to commit.
+    /// Whether there is anything to commit; access times alone do not count.
     pub(crate) fn is_changed(&self) -> bool {
         !self.store.open_is_empty()
             || !self.space.open_is_empty()
@@ -246,6 +246,7 @@ impl FileSystem {
         // A write that failed and is repeated in the background may end at any time: as a whole
         // before the group is frozen, or after.
         let mapping = self.mapping.write();
+        self.take_late_atimes();
         let changed = self.is_changed();
         if changed {
             self.encode_dirty();

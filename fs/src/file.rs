@@ -14,7 +14,7 @@ use braidfs_cache::{CacheError, FrameVec, PageRange, ReadData, ReadaheadState};
 use crate::alloc::Room;
 use crate::filesystem::FileSystem;
 use crate::inode::{Inode, PAGE};
-use crate::{AtimeMode, Errno, FILE_SIZE_MAX, Ino, Timestamp, WriteFlags};
+use crate::{Errno, FILE_SIZE_MAX, Ino, Timestamp, WriteFlags};
 
 /// Direct I/O smaller than this goes through the cache.
 const DIRECT_BYTES_MIN: usize = 64 << 10;
@@ -46,6 +46,16 @@ impl OpenFile {
     pub fn flags(&self) -> i32 {
         self.flags
     }
+
+    /// Whether anybody has the inode open for writing, so that a cache in front of the core may
+    /// hold bytes that it does not know of.
+    pub fn has_writers(&self) -> bool {
+        self.inode.writers.load(Ordering::SeqCst) > 0
+    }
+}
+
+fn may_write(flags: i32) -> bool {
+    flags & libc::O_ACCMODE != libc::O_RDONLY
 }
 
 /// What a read returns: pinned pages, in order.
@@ -137,7 +147,7 @@ impl FileSystem {
     pub fn open(&self, ino: Ino, flags: i32) -> Result<Arc<OpenFile>, Errno> {
         let inode = self.inode(ino)?;
         crate::flags::check_open(&inode.state.lock().attr, flags)?;
-        if flags & libc::O_ACCMODE != libc::O_RDONLY {
+        if may_write(flags) {
             self.check_writable()?;
         }
         Ok(self.open_inode(&inode, flags))
@@ -146,17 +156,24 @@ impl FileSystem {
     pub(crate) fn open_inode(&self, inode: &Arc<Inode>, flags: i32) -> Arc<OpenFile> {
         inode.opens.fetch_add(1, Ordering::SeqCst);
         let seen = inode.space().map_or(0, |space| space.write_error_seq());
-        Arc::new(OpenFile {
+        let file = OpenFile {
             inode: Arc::clone(inode),
             flags,
             readahead: ReadaheadState::new(),
             seen_error: AtomicU32::new(seen),
-        })
+        };
+        if may_write(file.flags) {
+            inode.writers.fetch_add(1, Ordering::SeqCst);
+        }
+        Arc::new(file)
     }
 
     /// The last close of an open file.
     pub fn release(&self, file: &Arc<OpenFile>) {
         let inode = &file.inode;
+        if may_write(file.flags) {
+            inode.writers.fetch_sub(1, Ordering::SeqCst);
+        }
         if inode.opens.fetch_sub(1, Ordering::SeqCst) == 1 {
             self.maybe_reclaim(inode);
         }
@@ -253,25 +270,6 @@ impl FileSystem {
             );
         };
         space.read(offset, len, &file.readahead, size, Box::new(done));
-    }
-
-    /// Updates the access time as the mount's options say. Lazily: it goes to the devices with
-    /// the next commit that has another reason.
-    pub(crate) fn touch_accessed(&self, inode: &Arc<Inode>, attr: &crate::Attr) {
-        const DAY_SECS: i64 = 24 * 60 * 60;
-        if self.options.read_only
-            || self.options.atime == AtimeMode::Noatime
-            || attr.flags & crate::FLAG_NOATIME != 0
-        {
-            return;
-        }
-        let now = Timestamp::now();
-        let stale = attr.atime <= attr.mtime
-            || attr.atime <= attr.ctime
-            || now.secs - attr.atime.secs >= DAY_SECS;
-        if stale || self.options.atime == AtimeMode::Strictatime {
-            inode.state.lock().attr.atime = now;
-        }
     }
 
     /// Writes `data` at `offset`. Reserves space first, so that a full volume is this call's

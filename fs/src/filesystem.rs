@@ -66,6 +66,8 @@ pub struct FileSystem {
     pub(crate) inodes: InodeTable,
     /// Inodes whose record is to be written at the next freeze.
     pub(crate) dirty: Mutex<Vec<Arc<Inode>>>,
+    /// Inodes whose access time alone is newer than their record.
+    pub(crate) late_atimes: Mutex<Vec<Arc<Inode>>>,
     pub(crate) next_ino: AtomicU64,
     pub(crate) inode_count: AtomicU64,
     /// Held to move a directory to another parent, so that no loop can arise.
@@ -203,6 +205,7 @@ impl FileSystem {
             epoch: Arc::default(),
             inodes: InodeTable::default(),
             dirty: Mutex::default(),
+            late_atimes: Mutex::default(),
             next_ino: AtomicU64::new(next_ino.max(ROOT_INO + 1)),
             inode_count: AtomicU64::new(inode_count),
             rename: Mutex::default(),

@@ -40,8 +40,12 @@ pub(crate) struct Inode {
     pub lookups: AtomicU64,
     /// Open files.
     pub opens: AtomicU32,
+    /// Those of them that may write.
+    pub writers: AtomicU32,
     /// Stands in the list of dirty inodes.
     pub queued: AtomicBool,
+    /// Stands in the list of those with an access time that is not in their record.
+    pub atime_late: AtomicBool,
     /// Gone from the tables; only memory is left.
     pub deleted: AtomicBool,
     /// Made without a name, and may still get its first one.
@@ -66,7 +70,9 @@ impl Inode {
             owner: OnceLock::new(),
             lookups: AtomicU64::new(0),
             opens: AtomicU32::new(0),
+            writers: AtomicU32::new(0),
             queued: AtomicBool::new(false),
+            atime_late: AtomicBool::new(false),
             deleted: AtomicBool::new(false),
             linkable: AtomicBool::new(false),
             truncating: AtomicU64::new(u64::MAX),
@@ -125,6 +131,7 @@ impl Inode {
         self.lookups.load(Ordering::SeqCst) == 0
             && self.opens.load(Ordering::SeqCst) == 0
             && !self.queued.load(Ordering::SeqCst)
+            && !self.atime_late.load(Ordering::SeqCst)
             && self
                 .space()
                 .is_none_or(|space| space.page_count() == 0 && Arc::strong_count(space) <= 1)

@@ -8,6 +8,7 @@
 
 mod acl;
 mod alloc;
+mod atime;
 mod attributes;
 pub mod cli;
 mod commit;

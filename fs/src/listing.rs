@@ -29,7 +29,11 @@ impl FileSystem {
     ) -> Result<(), Errno> {
         let dir = self.inode(ino)?;
         dir.check_dir()?;
-        let parent = dir.state.lock().parent;
+        let (parent, attr) = {
+            let state = dir.state.lock();
+            (state.parent, state.attr)
+        };
+        self.touch_accessed(&dir, &attr);
         let dots: [(u64, Ino, &[u8]); 2] =
             [(COOKIE_DOT, ino, b"."), (COOKIE_DOTDOT, parent, b"..")];
         for (cookie, ino, name) in dots {

@@ -409,9 +409,11 @@ impl FileSystem {
     /// The target of a symbolic link.
     pub fn readlink(&self, ino: Ino) -> Result<Vec<u8>, Errno> {
         let inode = self.inode(ino)?;
-        if inode.state.lock().attr.mode & libc::S_IFMT != libc::S_IFLNK {
+        let attr = inode.state.lock().attr;
+        if attr.mode & libc::S_IFMT != libc::S_IFLNK {
             return Err(Errno::INVAL);
         }
+        self.touch_accessed(&inode, &attr);
         self.store
             .get(Table::Xattrs, &name_key(ino, b""), |value| {
                 value.map(<[u8]>::to_vec)

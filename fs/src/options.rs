@@ -24,6 +24,8 @@ pub struct MountOptions {
     pub cache_bytes: u64,
     /// Access times.
     pub atime: AtimeMode,
+    /// Reading directories does not change their access times.
+    pub nodiratime: bool,
     /// Every write is durable before it returns.
     pub sync: bool,
     /// Give freed blocks back to the devices (punch holes in image files, discard).
@@ -43,6 +45,7 @@ impl Default for MountOptions {
             commit_interval: COMMIT_INTERVAL_DEFAULT,
             cache_bytes: 256 << 20,
             atime: AtimeMode::Relatime,
+            nodiratime: false,
             sync: false,
             discard: false,
         }

@@ -45,7 +45,7 @@ braidfs_shutdown() { # mount point, flush or nothing
         [ "${words[-1]}" = "$mount_point" ] || continue
         kill -KILL "${process#/proc/}"
         # What the dying process still holds keeps the members busy.
-        while [ -s "$process/cmdline" ]; do sleep 0.02; done
+        while compgen -G "$process/fd/*" >/dev/null; do sleep 0.02; done
         return 0
     done
     echo "shutdown: no daemon serves $mount_point" >&2
@@ -70,8 +70,13 @@ braidfs_replace_functions() {
 
     # Called when the test is over: unmounts, checks.
     _check_dev_fs() {
+        local status=0 mount_point
+        mount_point=$(findmnt --noheadings --first-only --output TARGET --source "$1")
         _unmount "$1" >/dev/null 2>&1
-        braidfs_fsck "$1"
+        braidfs_fsck "$1" || status=$?
+        # A test in the middle of its work goes on with what was mounted.
+        [ -z "$mount_point" ] || [ "$mount_point" != "$SCRATCH_MNT" ] || _try_scratch_mount
+        return "$status"
     }
     _check_test_fs() {
         _test_unmount >/dev/null 2>&1

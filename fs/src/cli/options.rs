@@ -130,8 +130,10 @@ impl ParsedOptions {
             "nodev" => self.flags.insert(MsFlags::MS_NODEV),
             "exec" => self.flags.remove(MsFlags::MS_NOEXEC),
             "noexec" => self.flags.insert(MsFlags::MS_NOEXEC),
-            "diratime" => self.flags.remove(MsFlags::MS_NODIRATIME),
-            "nodiratime" => self.flags.insert(MsFlags::MS_NODIRATIME),
+            "diratime" | "nodiratime" => {
+                self.core.nodiratime = name == "nodiratime";
+                self.flags.set(MsFlags::MS_NODIRATIME, self.core.nodiratime);
+            }
             // mount(8): ordinary users' mounts are restricted, unless a later option undoes it.
             "user" | "users" => self
                 .flags

@@ -91,7 +91,8 @@ impl Channel {
         self.invalidate(nodeid, NO_PAGES, 0)
     }
 
-    /// Has the kernel forget pages (and the attributes) of an inode. Waits for reads and writes of
+    /// Has the kernel forget `len` bytes (`TO_THE_END`) of pages, and the attributes, of an inode;
+    /// dirty pages come as WRITE requests first. Waits for reads and writes of
     /// these pages that are under way, so nobody may wait for the caller to serve those.
     pub(super) fn forget_pages(&self, nodeid: u64, offset: u64, len: u64) -> Result<(), Errno> {
         let offset = i64::try_from(offset).map_err(|_| Errno::EINVAL)?;
@@ -119,6 +120,9 @@ impl Channel {
         }
     }
 }
+
+/// The length of all pages from an offset on.
+pub(super) const TO_THE_END: u64 = 0;
 
 /// Where a thread reads requests. The payload of a WRITE comes to lie at a page border.
 pub(super) struct RequestBuffer {

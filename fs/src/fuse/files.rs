@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use super::attr::cred;
+use super::channel::TO_THE_END;
 use super::dispatch::{Parsed, Request};
 use super::protocol::{
     Args, FSYNC_DATA, Malformed, OPEN_KILL_SUIDGID, Out, REQUEST_BYTES_MAX, WRITE_CACHE,
@@ -300,13 +301,30 @@ impl Request<'_> {
     pub(super) fn lseek(mut self) -> Parsed {
         let (handle, offset) = (self.args.u64()?, self.args.u64()?);
         let whence = self.args.u32()?.cast_signed();
-        let result = self.shared.file(handle).and_then(|file| {
-            if offset > i64::MAX.cast_unsigned() {
-                return Err(Errno::NXIO);
+        let (shared, reply) = (Arc::clone(self.shared), self.reply);
+        let in_range = offset <= i64::MAX.cast_unsigned();
+        let file = match shared.file(handle) {
+            Ok(file) if in_range => file,
+            other => {
+                reply.out(Err(other.err().unwrap_or(Errno::NXIO)));
+                return Ok(());
             }
-            self.shared.fs.lseek(&file, offset, whence)
-        });
-        self.reply.out(result.map(|at| Out::default().u64(at)));
+        };
+        let kernel_may_be_ahead = file.has_writers();
+        let seek = move || {
+            if kernel_may_be_ahead {
+                // What is written to the kernel's cache, or through a mapping, comes to us first.
+                let sent = shared.channel.forget_pages(file.ino(), 0, TO_THE_END);
+                log::trace!("inode {}: {sent:?}", file.ino());
+            }
+            let result = shared.fs.lseek(&file, offset, whence);
+            reply.out(result.map(|at| Out::default().u64(at)));
+        };
+        if kernel_may_be_ahead {
+            self.blocking.run(seek);
+        } else {
+            seek();
+        }
         Ok(())
     }
 

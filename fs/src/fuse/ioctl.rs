@@ -103,7 +103,10 @@ impl Request<'_> {
 
     fn set_flags(&self, ino: Ino, flags: u32) -> Result<(), Errno> {
         let fs = &self.shared.fs;
-        fs.set_flags(ino, flags, &cred(&self.header, 0))
+        fs.set_flags(ino, flags, &cred(&self.header, 0))?;
+        // The kernel does not expect an ioctl to change the ctime.
+        self.shared.forget_attributes(ino);
+        Ok(())
     }
 
     fn set_xflags(&self, ino: Ino, data: &mut Args<'_>) -> Result<Result<(), Errno>, Malformed> {

@@ -1,0 +1,65 @@
+//! Access times: when reading changes one, and how it gets to the devices.
+//!
+//! An access time alone is no reason for a commit (ext4's `lazytime`): the inode waits in a list
+//! of its own, which the next commit takes along, whatever its reason: another change, a sync, an
+//! unmount, or the list having grown long. An inode on the list stays in memory.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::filesystem::FileSystem;
+use crate::inode::Inode;
+use crate::{AtimeMode, Attr, FLAG_NOATIME, Timestamp};
+
+/// With `relatime`, an access time is changed once in this time.
+const RELATIME_SECS: i64 = 24 * 60 * 60;
+
+/// As many inodes wait at the most; then a commit is asked for.
+const LATE_MAX: usize = 4096;
+
+impl FileSystem {
+    /// An inode was read: its access time changes as the mount's options say. `attr` is what it
+    /// was just before.
+    pub(crate) fn touch_accessed(&self, inode: &Arc<Inode>, attr: &Attr) {
+        let options = &self.options;
+        if options.read_only
+            || options.atime == AtimeMode::Noatime
+            || (options.nodiratime && attr.is_dir())
+            || attr.flags & FLAG_NOATIME != 0
+        {
+            return;
+        }
+        let now = Timestamp::now();
+        let stale = attr.atime <= attr.mtime
+            || attr.atime <= attr.ctime
+            || now.secs.saturating_sub(attr.atime.secs) >= RELATIME_SECS;
+        if (!stale && options.atime != AtimeMode::Strictatime) || attr.atime == now {
+            return;
+        }
+        inode.state.lock().attr.atime = now;
+        if inode.atime_late.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let count = {
+            let mut late = self.late_atimes.lock();
+            late.push(Arc::clone(inode));
+            late.len()
+        };
+        if count >= LATE_MAX {
+            self.committer.nudge();
+        }
+    }
+
+    /// How many inodes have an access time that is not in their record.
+    pub(crate) fn late_atimes_count(&self) -> usize {
+        self.late_atimes.lock().len()
+    }
+
+    /// Puts them on the list of dirty inodes. The gate is closed.
+    pub(crate) fn take_late_atimes(&self) {
+        for inode in std::mem::take(&mut *self.late_atimes.lock()) {
+            inode.atime_late.store(false, Ordering::SeqCst);
+            self.mark_dirty(&inode);
+        }
+    }
+}
