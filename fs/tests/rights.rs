@@ -7,8 +7,8 @@ mod common;
 use std::sync::mpsc::sync_channel;
 
 use braidfs::{
-    Attr, Errno, FLAG_APPEND, FLAG_IMMUTABLE, FileSystem, Ino, ROOT_INO, SetAttr, SetTime,
-    Timestamp, WriteFlags,
+    AtimeMode, Attr, Errno, FLAG_APPEND, FLAG_IMMUTABLE, FileSystem, Ino, MountOptions, ROOT_INO,
+    SetAttr, SetTime, Timestamp, WriteFlags,
 };
 use common::*;
 
@@ -436,4 +436,70 @@ fn names_of_extended_attributes() {
     );
     fs.unmount().unwrap();
     check(&devices);
+}
+
+#[test]
+fn access_times_wait_for_a_commit_and_are_not_lost() {
+    let devices = devices(2, 64 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let file = create(&fs, ROOT_INO, "file");
+    write(&fs, &file, 0, b"bytes");
+    let dir = fs.mkdir(ROOT_INO, b"dir", 0o755, &CRED).expect("mkdir").ino;
+    let link = fs.symlink(ROOT_INO, b"link", b"file", &CRED);
+    let inos = [file.ino(), dir, link.expect("symlink").ino];
+    fs.sync().expect("sync");
+    let (commits, before) = (fs.stats().txg.commits, times(&fs, &inos));
+    next_tick();
+    read(&fs, &file, 0, 5);
+    names(&fs, dir);
+    fs.readlink(inos[2]).expect("readlink");
+    let read_once = times(&fs, &inos);
+    for (before, after) in before.iter().zip(&read_once) {
+        assert!(before < after);
+    }
+    next_tick();
+    read(&fs, &file, 0, 5);
+    names(&fs, dir);
+    assert_eq!(times(&fs, &inos), read_once, "relatime: once");
+    assert_eq!(
+        fs.stats().txg.commits,
+        commits,
+        "no commit for an access time"
+    );
+    fs.release(&file);
+    drop(file);
+    fs.unmount().expect("unmount");
+    drop(fs);
+
+    let fs = mount(&devices);
+    assert_eq!(times(&fs, &inos), read_once);
+    fs.unmount().expect("unmount");
+    drop(fs);
+    let after_reading = |options: MountOptions, looked_at: &[Ino]| {
+        let fs = mount_with(&devices, options);
+        next_tick();
+        let file = fs.open(inos[0], libc::O_RDONLY).expect("open");
+        read(&fs, &file, 0, 5);
+        fs.release(&file);
+        names(&fs, dir);
+        let after = times(&fs, looked_at);
+        fs.unmount().expect("unmount");
+        after
+    };
+    let strict = |read_only, nodiratime| MountOptions {
+        atime: AtimeMode::Strictatime,
+        read_only,
+        nodiratime,
+        ..options()
+    };
+    assert_eq!(after_reading(strict(true, false), &inos), read_once, "ro");
+    assert_eq!(after_reading(strict(false, true), &[dir])[0], read_once[1]);
+    assert!(after_reading(strict(false, false), &inos)[0] > read_once[0]);
+    check(&devices);
+}
+
+fn times(fs: &FileSystem, inos: &[Ino]) -> Vec<Timestamp> {
+    let atime = |&ino: &Ino| fs.getattr(ino).expect("getattr").atime;
+    inos.iter().map(atime).collect()
 }

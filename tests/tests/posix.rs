@@ -111,6 +111,9 @@ fn ranges(env: &Env) -> Outcome {
         truncate -s 1048576 f; [ \"$(stat -c %b f)\" = 2048 ]
         xfs_io -c 'pwrite -S 0x62 256k 64k' f >/dev/null; sync f
         xfs_io -c 'pwrite -S 0x63 512k 4k' f >/dev/null
+        xfs_io -f -c 'pwrite 64k 4k' -c 'seek -d 0' new | grep -qE '^(DATA.)?65536'
+        xfs_io -f -c 'truncate 1m' -c 'mmap 0 1m' -c 'mwrite 128k 4k' -c 'seek -d 0' map |
+            grep -qE '^(DATA.)?131072'
         [ \"$(xfs_io -r -c 'seek -d 0' f | tail -n 1)\" = 'DATA\t262144' ] ||
             xfs_io -r -c 'seek -d 0' f | grep -q 262144
         xfs_io -r -c 'seek -h 256k' f | grep -q 327680
