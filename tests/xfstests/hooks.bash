@@ -56,9 +56,28 @@ braidfs_replace_functions() {
     # The kernel shows the subtype; xfstests only knows `fuse`.
     _fs_type() { _df_device "$1" | awk '{ print $2 }' | sed 's/^fuse\.braidfs$/fuse/'; }
 
+    # Tests that call mount(8) themselves name the type, which names no server.
+    _mount() {
+        local word words=()
+        for word in "$@"; do
+            [ "$word" != fuse ] || word=fuse.braidfs
+            words+=("$word")
+        done
+        $MOUNT_PROG "${words[@]}"
+    }
+
     _scratch_mkfs() {
         _scratch_unmount >/dev/null 2>&1
         braidfs_mkfs "$SCRATCH_DEV" "$BRAIDFS_VOLUME_SIZE"
+    }
+    # Also of devices that a test made itself.
+    _try_mkfs_dev() {
+        local device=${*: -1}
+        if [ -e "$BRAIDFS_VOLUMES/${device##*/}.members" ]; then
+            braidfs_mkfs "$device" "$BRAIDFS_VOLUME_SIZE"
+        else
+            "$BRAIDFS_BIN" mkfs --force "$device"
+        fi
     }
     _try_scratch_mkfs_sized() {
         local least=$((32 << 20))
