@@ -4,6 +4,7 @@
 //! Readers and writers of data only take `map` for a moment to copy an `Arc`.
 
 mod describe;
+mod discard;
 mod elect;
 mod map;
 mod plug;
@@ -31,7 +32,6 @@ use map::ChunkMap;
 use parking_lot::{Mutex, RwLock};
 use space::{Plan, Space};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 use store::Identity;
@@ -316,68 +316,6 @@ impl Volume {
         for queue in &self.queues {
             queue.flush(FlushTicket::new(&fan_in));
         }
-    }
-
-    /// Tells the devices that a range holds nothing of value. Best effort, in the background: a
-    /// write that is begun later may come first, so the range must not be used again.
-    pub fn discard(&self, at: VolBlock, blocks: u64) {
-        self.start_discard(&[(at, blocks)]);
-    }
-
-    /// Tells the devices that some ranges hold nothing of value, and waits until they know: then
-    /// the ranges may be written again. Device I/O ends in bounded time. The error is the first of
-    /// any device.
-    pub fn discard_wait(&self, ranges: &[(VolBlock, u64)]) -> Result<(), ErrorKind> {
-        let errors = self.start_discard(ranges);
-        // The list ends when each of the requests has dropped its sender: wait for all of them.
-        let mut found = errors.iter();
-        let first = found.next();
-        found.for_each(drop);
-        first.map_or(Ok(()), Err)
-    }
-
-    fn start_discard(&self, ranges: &[(VolBlock, u64)]) -> Receiver<ErrorKind> {
-        let (sender, errors) = channel();
-        if self.refusal(Op::Write).is_some() {
-            return errors;
-        }
-        // For each device, so that the stripes of a range that are adjacent there go as one.
-        let mut on_device: Vec<Vec<(u64, u64)>> = vec![Vec::new(); self.queues.len()];
-        let map = self.map.read().clone();
-        for &(start, blocks) in ranges {
-            let (mut at, end) = (start, start.plus(blocks));
-            while at < end {
-                let Some(chunk) = map.find(at).map(|index| &map.chunks[index]) else {
-                    break;
-                };
-                let within = at.bytes() - chunk.start.bytes();
-                let stop = end.min(chunk.end());
-                let upto = stop.bytes() - chunk.start.bytes();
-                for piece in Geometry::of(chunk).pieces(within, upto) {
-                    let copies = usize::from(chunk.copies());
-                    for member in &chunk.members[piece.member..piece.member + copies] {
-                        let from = member.offset_bytes + piece.offset;
-                        let parts = &mut on_device[usize::from(member.dev)];
-                        match parts.last_mut() {
-                            Some((_, end)) if *end == from => *end += piece.len,
-                            _ => parts.push((from, from + piece.len)),
-                        }
-                    }
-                }
-                at = stop;
-            }
-        }
-        for ((dev, queue), parts) in (0..).zip(&self.queues).zip(on_device) {
-            if parts.is_empty() {
-                continue;
-            }
-            let requests = parts.into_iter();
-            let requests =
-                requests.map(|(from, to)| Parts::discard(dev, from, to - from, sender.clone()));
-            queue.enqueue(requests);
-            queue.kick();
-        }
-        errors
     }
 
     /// How many places hold a block; 0 if it lies in no chunk.

@@ -185,6 +185,29 @@ fn a_discard_reaches_every_piece_and_unknown_blocks_are_nowhere() {
         .map(|record| record.len)
         .collect();
     assert_eq!(lens, [64 * KIB; 3]);
+    sims.iter().for_each(|sim| sim.clear_log());
+    let unallocated = volume.unallocated_bytes();
+    let (half, end) = (unallocated / 2, unallocated + MIB);
+    let first = volume.discard_unallocated(0, half).unwrap();
+    let second = volume.discard_unallocated(half, end).unwrap();
+    assert_eq!((first, first + second), (half, unallocated));
+    let mut ranges: Vec<(usize, u64, u64)> = Vec::new();
+    for (dev, sim) in sims.iter().enumerate() {
+        let records = sim.log();
+        ranges.extend(records.iter().map(|r| (dev, r.offset, r.offset + r.len)));
+    }
+    assert_eq!(ranges.iter().map(|r| r.2 - r.1).sum::<u64>(), unallocated);
+    for chunk in volume.chunks() {
+        for member in &chunk.members {
+            let (from, to) = (
+                member.offset_bytes,
+                member.offset_bytes + chunk.member_len_bytes,
+            );
+            let touched =
+                |r: &&(usize, u64, u64)| r.0 == usize::from(member.dev) && r.1 < to && from < r.2;
+            assert_eq!(ranges.iter().find(touched), None, "in a chunk");
+        }
+    }
     let beyond = VolBlock(chunk.end().0);
     assert_eq!((volume.copies(beyond), volume.locate(beyond, 0)), (0, None));
 }

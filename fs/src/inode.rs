@@ -10,6 +10,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
+use std::time::Instant;
 
 use braidfs_cache::AddressSpace;
 use parking_lot::{Mutex, RwLock};
@@ -54,6 +55,8 @@ pub(crate) struct Inode {
     pub truncating: AtomicU64,
     /// The last transaction group that changed it.
     pub changed_in: AtomicU64,
+    /// When a write from a cache in front found no room, and how many blocks were free then.
+    pub no_room: Mutex<Option<(Instant, u64)>>,
     /// Certainly has no file capabilities, so that a write need not look. Changes under `map`.
     pub no_capabilities: AtomicBool,
 }
@@ -77,6 +80,7 @@ impl Inode {
             linkable: AtomicBool::new(false),
             truncating: AtomicU64::new(u64::MAX),
             changed_in: AtomicU64::new(0),
+            no_room: Mutex::default(),
             no_capabilities: AtomicBool::new(false),
         })
     }

@@ -5,6 +5,8 @@
 //! pages back, or by a commit. So what was preallocated can be written on a full volume, and what
 //! has data can be overwritten there.
 
+use std::time::{Duration, Instant};
+
 use braidfs_blockdev::BLOCK_SIZE;
 use braidfs_cache::{PageRange, SpaceClass};
 
@@ -12,7 +14,7 @@ use crate::alloc::Room;
 use crate::commit::GROUP_BYTES_MAX;
 use crate::filesystem::FileSystem;
 use crate::inode::Inode;
-use crate::{Errno, StatFs};
+use crate::{Errno, OpenFile, StatFs};
 
 /// Metadata room that only deletions may use; half of it is left to rewriting, too.
 const META_ROOM_MIN_BYTES: u64 = 1 << 20;
@@ -31,6 +33,9 @@ const INODES_PER_BLOCK: u64 = 8;
 /// How often a reservation is tried, with a write-back or a commit before each but the first:
 /// others may take what came free.
 const TRIES_MAX: u32 = 8;
+
+/// How long a file whose cached write found no room is not tried again.
+const NO_ROOM: Duration = Duration::from_secs(1);
 
 impl FileSystem {
     /// Sets blocks aside for data, after a commit if that may free some. Call it without a pass
@@ -213,6 +218,27 @@ impl FileSystem {
         let bytes = unwritten.bytes + inodes * INODE_RECORD_BYTES + pages * PAGE_RECORD_BYTES;
         let touched = (unwritten.records + inodes + pages) * TOUCHED_BYTES;
         2 * bytes + touched.min(self.meta.capacity_bytes())
+    }
+
+    /// A write from a cache in front of the core found no room: whoever filled that cache was told
+    /// that it was written.
+    pub fn note_no_room(&self, file: &OpenFile) {
+        *file.inode.no_room.lock() = Some((Instant::now(), self.statfs().bfree));
+    }
+
+    /// `NOSPC` for a moment after that, unless blocks have come free: a cache in front asks before
+    /// it takes more for this file.
+    pub fn check_room(&self, file: &OpenFile) -> Result<(), Errno> {
+        let mut no_room = file.inode.no_room.lock();
+        match *no_room {
+            Some((since, free)) if since.elapsed() < NO_ROOM && self.statfs().bfree <= free => {
+                Err(Errno::NOSPC)
+            }
+            _ => {
+                *no_room = None;
+                Ok(())
+            }
+        }
     }
 
     /// Size and free space.

@@ -13,18 +13,54 @@ use crate::filesystem::FileSystem;
 /// Blocks that are with the devices at a time: 1 GiB.
 const STEP_BLOCKS: u64 = 1 << 18;
 
+fn refused(what: &str, first: u64, count: u64, kind: ErrorKind) -> Errno {
+    if kind == ErrorKind::Os(libc::EOPNOTSUPP) {
+        return Errno::NOTSUP;
+    }
+    log::warn!("discarding {what} {first}+{count}: {kind:?}");
+    Errno::IO
+}
+
 impl FileSystem {
     /// FITRIM: discards free space in the byte range `start..start + len` of the volume, in runs of
-    /// at least `min_len` bytes. Returns how many bytes. Space that is in no chunk yet has no place
-    /// in the volume and is left alone, as is what was freed and is not committed.
+    /// at least `min_len` bytes. Returns how many bytes. The blocks of chunks come first, as they are
+    /// numbered, and then the space that is in no chunk, without the reserve of metadata. What was
+    /// freed and is not committed is left alone.
     pub fn trim(&self, start: u64, len: u64, min_len: u64) -> Result<u64, Errno> {
         self.check_writable()?;
-        if len < BLOCK_SIZE || start / BLOCK_SIZE >= self.statfs().blocks {
+        let (chunks_end, space) = (self.space.end(), self.space.stats());
+        // As much as statfs calls free.
+        let unallocated = space.unallocated_blocks.saturating_sub(space.float_blocks);
+        let end = chunks_end + unallocated;
+        if len < BLOCK_SIZE || start / BLOCK_SIZE >= end {
             return Err(Errno::INVAL);
         }
         let from = start.div_ceil(BLOCK_SIZE);
-        let to = (start.saturating_add(len) / BLOCK_SIZE).min(self.space.end());
+        let to = (start.saturating_add(len) / BLOCK_SIZE).min(end);
         let least = min_len.div_ceil(BLOCK_SIZE).max(1);
+        let trimmed = self.trim_chunks(from, to.min(chunks_end), least)?;
+        let beyond = |block: u64| block.saturating_sub(chunks_end);
+        Ok(trimmed + self.trim_unallocated(beyond(from), beyond(to), least)?)
+    }
+
+    fn trim_unallocated(&self, from: u64, to: u64, least: u64) -> Result<u64, Errno> {
+        if to.saturating_sub(from) < least {
+            return Ok(0);
+        }
+        let (mut at, mut trimmed) = (from, 0);
+        while at < to {
+            let next = (at + STEP_BLOCKS).min(to);
+            let done = self
+                .volume
+                .discard_unallocated(at * BLOCK_SIZE, next * BLOCK_SIZE);
+            trimmed += done.map_err(|kind| refused("space in no chunk", at, next - at, kind))?;
+            at = next;
+        }
+        Ok(trimmed)
+    }
+
+    /// Discards free blocks in `from..to`, in runs of at least `least`.
+    fn trim_chunks(&self, from: u64, to: u64, least: u64) -> Result<u64, Errno> {
         let (mut at, mut trimmed) = (from, 0);
         // A rest that is shorter than `least` belongs to the run of the step before.
         let most = STEP_BLOCKS.max(least);
@@ -42,14 +78,8 @@ impl FileSystem {
             run_end = if count == most { at } else { 0 };
             let done = self.volume.discard_wait(&[(VolBlock(first), count)]);
             self.space.end_trim(first, count);
-            match done {
-                Ok(()) => trimmed += count * BLOCK_SIZE,
-                Err(ErrorKind::Os(libc::EOPNOTSUPP)) => return Err(Errno::NOTSUP),
-                Err(error) => {
-                    log::warn!("discarding blocks {first}+{count}: {error:?}");
-                    return Err(Errno::IO);
-                }
-            }
+            done.map_err(|kind| refused("blocks", first, count, kind))?;
+            trimmed += count * BLOCK_SIZE;
         }
         Ok(trimmed)
     }

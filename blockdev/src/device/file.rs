@@ -18,7 +18,15 @@ pub(super) struct DeviceFile {
     pub file: File,
     pub size_bytes: u64,
     pub direct: bool,
+    pub is_block: bool,
 }
+
+nix::ioctl_write_ptr_bad!(
+    /// Discards a range of a block device: first byte and length.
+    blkdiscard,
+    nix::request_code_none!(0x12, 119),
+    [u64; 2]
+);
 
 nix::ioctl_read!(
     /// Size of a block device in bytes.
@@ -37,6 +45,15 @@ pub(super) fn block_device_size(file: &File) -> Result<u64, i32> {
 }
 
 impl DeviceFile {
+    /// The same open file (and lock) once more.
+    pub(super) fn share(&self) -> std::io::Result<DeviceFile> {
+        Ok(DeviceFile {
+            name: self.name.clone(),
+            file: self.file.try_clone()?,
+            ..*self
+        })
+    }
+
     /// Does the whole request on this thread. Short transfers are continued.
     pub(super) fn transfer(
         &self,
@@ -91,9 +108,19 @@ impl DeviceFile {
         self.file.sync_data().map_err(os_kind)
     }
 
-    /// Best effort: a device that cannot discard is left alone.
-    pub(super) fn discard(&self, offset: u64, len: u64) -> Result<(), ErrorKind> {
+    /// A block device that cannot discard may still be able to zero a range by unmapping it, which
+    /// is what punching a hole means there.
+    fn discard(&self, offset: u64, len: u64) -> Result<(), ErrorKind> {
         use nix::fcntl::FallocateFlags;
+        if self.is_block {
+            let range = [offset, len];
+            // SAFETY: the ioctl reads two u64 from the given place.
+            match unsafe { blkdiscard(self.file.as_raw_fd(), &range) } {
+                Err(nix::errno::Errno::EOPNOTSUPP) => {}
+                Err(errno) => return Err(ErrorKind::Os(errno as i32)),
+                Ok(_) => return Ok(()),
+            }
+        }
         let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let signed = |value| i64::try_from(value).map_err(|_| ErrorKind::OutOfRange);
         nix::fcntl::fallocate(&self.file, flags, signed(offset)?, signed(len)?)

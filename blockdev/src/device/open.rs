@@ -133,6 +133,7 @@ fn open_file(path: &Path, mode: OpenMode) -> Result<DeviceFile, OpenError> {
         file,
         size_bytes,
         direct,
+        is_block,
     })
 }
 

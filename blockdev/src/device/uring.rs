@@ -17,6 +17,7 @@ use super::BlockDevice;
 use super::file::{DeviceFile, IOV_MAX};
 use super::gate::Gate;
 use super::mailbox::{Mailbox, Next};
+use super::pool::PoolDevice;
 use crate::error::{ErrorKind, Op};
 use crate::pages::PageRun;
 use crate::request::DeviceRequest;
@@ -65,11 +66,17 @@ pub(super) struct UringDevice {
     /// Dropped by hand before the wait for the thread; `None` only then.
     shared: Option<Arc<Shared>>,
     gate: Arc<Gate>,
+    /// Serves the discards of a block device, which a ring does not know (before Linux 6.12).
+    discards: Option<PoolDevice>,
 }
 
 impl UringDevice {
     /// Hands the file back if the kernel does not offer what is needed.
     pub(super) fn new(file: DeviceFile) -> Result<UringDevice, (DeviceFile, i32)> {
+        let discards = match file.is_block.then(|| file.share()).transpose() {
+            Ok(same) => same.map(PoolDevice::new),
+            Err(error) => return Err((file, error.raw_os_error().unwrap_or(libc::EIO))),
+        };
         let event = match EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK) {
             Ok(event) => event,
             Err(errno) => return Err((file, errno as i32)),
@@ -97,6 +104,7 @@ impl UringDevice {
                     return Ok(UringDevice {
                         shared: Some(shared),
                         gate,
+                        discards,
                     });
                 }
                 Ok(Err(errno)) => {
@@ -142,10 +150,17 @@ impl BlockDevice for UringDevice {
     }
 
     fn submit(&self, request: DeviceRequest) {
-        self.post(std::iter::once(Mail::Request(request)));
+        match &self.discards {
+            Some(discards) if request.op() == Op::Discard => discards.submit(request),
+            _ => self.post(std::iter::once(Mail::Request(request))),
+        }
     }
 
     fn submit_batch(&self, requests: &mut Vec<DeviceRequest>) {
+        if let Some(discards) = &self.discards {
+            let only = requests.extract_if(.., |request| request.op() == Op::Discard);
+            only.for_each(|request| discards.submit(request));
+        }
         self.post(requests.drain(..).map(Mail::Request));
     }
 

@@ -109,6 +109,15 @@ impl Space {
         self.free.iter().map(Free::bytes).sum()
     }
 
+    /// Device space in no chunk, in order: device, first byte and end.
+    pub(crate) fn gaps(&self) -> impl Iterator<Item = (usize, u64, u64)> {
+        let gaps_of = |(dev, free): (usize, &Free)| {
+            let gaps = free.gaps.clone().into_iter();
+            gaps.map(move |(start, end)| (dev, start, end))
+        };
+        self.free.iter().enumerate().flat_map(gaps_of)
+    }
+
     /// The next chunk of metadata: two places, on two devices where two have room.
     pub(crate) fn plan_meta(&self) -> Option<Plan> {
         let want = self.share_max.min(META_SHARE_MAX);

@@ -226,10 +226,18 @@ impl Request<'_> {
         // write is under way; the kernel itself drops them only before such a write.
         let stale = (direct && shared.options.cache_mode == CacheMode::Kernel)
             .then(|| (Arc::clone(shared), self.blocking.clone(), file.ino()));
+        // The kernel took bytes that have no room: it is to ask before it takes more.
+        let filling = flags
+            .from_kernel_cache
+            .then(|| (Arc::clone(shared), Arc::clone(&file)));
         let reply = self.reply;
         let done = Box::new(move |result| {
             if let Some((shared, ino)) = forget {
                 shared.forget_attributes(ino);
+            }
+            if let (Err(Errno::NOSPC), Some((shared, file))) = (&result, filling) {
+                shared.fs.note_no_room(&file);
+                shared.forget_attributes(file.ino());
             }
             let Some((shared, blocking, ino)) = stale else {
                 return reply.written(result);

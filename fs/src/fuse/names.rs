@@ -1,8 +1,9 @@
 //! Requests about names, attributes and extended attributes: translate, call the core, answer.
 
+use super::CacheMode;
 use super::attr::{cred, setattr_in};
 use super::dispatch::{Parsed, Request};
-use super::protocol::{Out, SETXATTR_ACL_KILL_SGID};
+use super::protocol::{GETATTR_FH, Out, SETXATTR_ACL_KILL_SGID};
 use crate::{Cred, Errno};
 
 impl Request<'_> {
@@ -46,8 +47,22 @@ impl Request<'_> {
         Ok(())
     }
 
-    pub(super) fn getattr(self) -> Parsed {
-        self.reply.attr(self.shared.fs.getattr(self.header.nodeid));
+    pub(super) fn getattr(mut self) -> Parsed {
+        let has_handle = self.args.u32()? & GETATTR_FH != 0;
+        self.args.skip(4)?;
+        let handle = self.args.u64()?;
+        let shared = self.shared;
+        // With its write-back cache, the kernel names the open file just before it takes bytes of
+        // write(2), and only then; an error of ours is that call's error.
+        let refused = (has_handle && shared.options.cache_mode == CacheMode::Kernel)
+            .then(|| shared.file(handle).ok())
+            .flatten()
+            .and_then(|file| shared.fs.check_room(&file).err());
+        let attr = match refused {
+            Some(error) => Err(error),
+            None => shared.fs.getattr(self.header.nodeid),
+        };
+        self.reply.attr(attr);
         Ok(())
     }
 

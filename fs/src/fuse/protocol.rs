@@ -143,6 +143,8 @@ pub(super) mod open_reply {
 pub(super) const OPEN_KILL_SUIDGID: u32 = 1 << 0;
 /// FSYNC: the data only (FUSE_FSYNC_FDATASYNC).
 pub(super) const FSYNC_DATA: u32 = 1 << 0;
+/// GETATTR: the request names an open file.
+pub(super) const GETATTR_FH: u32 = 1 << 0;
 /// WRITE: pages of the kernel's cache or of a mapping (FUSE_WRITE_CACHE).
 pub(super) const WRITE_CACHE: u32 = 1 << 0;
 /// WRITE: the caller may not keep set-id bits (FUSE_WRITE_KILL_SUIDGID).
