@@ -57,7 +57,8 @@ impl FileSystem {
 
     /// Puts them on the list of dirty inodes. The gate is closed.
     pub(crate) fn take_late_atimes(&self) {
-        for inode in std::mem::take(&mut *self.late_atimes.lock()) {
+        let late = std::mem::take(&mut *self.late_atimes.lock());
+        for inode in late {
             inode.atime_late.store(false, Ordering::SeqCst);
             self.mark_dirty(&inode);
         }

@@ -213,7 +213,8 @@ impl FileSystem {
     /// the next commit. Inodes and the extents of dirty pages become records at the commit.
     fn meta_need_bytes(&self) -> u64 {
         let unwritten = self.store.unwritten();
-        let inodes = (self.dirty.lock().len() + self.late_atimes_count()) as u64;
+        let dirty = self.dirty.lock().len();
+        let inodes = (dirty + self.late_atimes_count()) as u64;
         let pages = (self.cache.dirty_bytes() + self.cache.writeback_bytes()) / BLOCK_SIZE;
         let bytes = unwritten.bytes + inodes * INODE_RECORD_BYTES + pages * PAGE_RECORD_BYTES;
         let touched = (unwritten.records + inodes + pages) * TOUCHED_BYTES;

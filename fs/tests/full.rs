@@ -2,7 +2,10 @@
 
 mod common;
 
-use braidfs::{Errno, ROOT_INO};
+use std::time::{Duration, Instant};
+
+use braidfs::{AtimeMode, Errno, MountOptions, ROOT_INO};
+use common::watchdog::Watchdog;
 use common::*;
 
 /// Creates and writes files of a few KiB until nothing goes any more; returns how many. Nothing
@@ -65,6 +68,44 @@ fn a_volume_full_of_small_files_is_full_and_nothing_worse() {
         }
         assert!(!fs.stats().read_only);
     }
+    fs.unmount().unwrap();
+    check(&devices);
+}
+
+/// Where metadata has little room each change counts what is not durable yet, late access times
+/// too, while commits take those over.
+#[test]
+fn readers_writers_and_commits_do_not_block_each_other_where_room_is_short() {
+    let _dog = Watchdog::start(Duration::from_secs(60));
+    let devices = devices(2, 40 << 20);
+    format(&devices);
+    let options = MountOptions {
+        atime: AtimeMode::Strictatime,
+        ..options()
+    };
+    let fs = mount_with(&devices, options);
+    let dir = fs.mkdir(ROOT_INO, b"d", 0o755, &CRED).unwrap().ino;
+    let until = Instant::now() + Duration::from_secs(2);
+    std::thread::scope(|scope| {
+        for me in 0..4 {
+            let fs = &fs;
+            scope.spawn(move || {
+                let name = format!("{me}");
+                let file = create(fs, dir, &name);
+                while Instant::now() < until {
+                    try_write(fs, &file, 0, b"some bytes", false).unwrap();
+                    try_read(fs, &file, 0, 10, false).unwrap();
+                    fs.readdir(dir, 0, &mut |_| true).unwrap();
+                }
+                fs.release(&file);
+            });
+        }
+        scope.spawn(|| {
+            while Instant::now() < until {
+                fs.sync().unwrap();
+            }
+        });
+    });
     fs.unmount().unwrap();
     check(&devices);
 }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use braidfs::{Errno, FileSystem, MountOptions, ROOT_INO};
 use common::model::Rng;
+use common::watchdog::Watchdog;
 use common::world::{Limits, World};
 use common::*;
 
@@ -157,26 +158,6 @@ fn random_operations_agree_with_the_model() {
         "{runs} runs, {full} operations found the volume full, {:?}",
         began.elapsed()
     );
-}
-
-/// Ends the process when a test takes too long: a deadlock is a failure, not a hang.
-struct Watchdog {
-    /// Dropped when all went well.
-    _alive: std::sync::mpsc::Sender<()>,
-}
-
-impl Watchdog {
-    fn start(limit: Duration) -> Self {
-        let (sender, receiver) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            use std::sync::mpsc::RecvTimeoutError;
-            if receiver.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
-                eprintln!("nothing has ended for {limit:?}: a deadlock");
-                std::process::abort();
-            }
-        });
-        Self { _alive: sender }
-    }
 }
 
 /// One thread of many: its own files in directories that all share, and some of everybody's.

@@ -409,7 +409,8 @@ impl Store {
     /// when space is short; counted once between two commits. Waits for a commit under way.
     pub(crate) fn used_bytes(&self) -> Result<u64, redb::Error> {
         let db = self.db.lock();
-        if let Some(used) = *self.used.lock() {
+        let counted = *self.used.lock();
+        if let Some(used) = counted {
             return Ok(used);
         }
         let write = db
@@ -425,7 +426,8 @@ impl Store {
 
     /// Ends the use of the store: redb marks its file as closed. Look-ups fail from now on.
     pub(crate) fn close(&self) -> Result<(), redb::Error> {
-        match self.db.lock().take() {
+        let db = self.db.lock().take();
+        match db {
             Some(db) => Ok(db.close()?),
             None => Ok(()),
         }

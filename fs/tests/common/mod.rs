@@ -4,6 +4,7 @@
 pub mod dump;
 pub mod model;
 pub mod record;
+pub mod watchdog;
 pub mod world;
 
 use std::sync::Arc;
