@@ -66,6 +66,7 @@ fn main() {
         read_only: false,
         direct: true,
         backend: Backend::Auto,
+        ..OpenMode::default()
     };
     let mut io_len = 1usize << 20;
     let mut paths = Vec::new();

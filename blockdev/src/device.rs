@@ -16,6 +16,7 @@ mod uring;
 
 use crate::pages::PageRun;
 use crate::request::DeviceRequest;
+use open::OpenError;
 
 /// How long closing a device waits for requests that it has not ended.
 const CLOSE_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(10);
@@ -39,6 +40,12 @@ pub trait BlockDevice: Send + Sync {
         for request in requests.drain(..) {
             self.submit(request);
         }
+    }
+
+    /// For a device that was opened to read, for now: takes it for ourselves, so that it may be
+    /// written. If that fails, it can be read as before.
+    fn make_writable(&self) -> Result<(), OpenError> {
+        Ok(())
     }
 
     /// Memory that most requests will use (fixed buffers). Best effort, once, before I/O. The

@@ -71,7 +71,7 @@ pub struct Volume {
     durable: Mutex<Durable>,
     /// See [`Volume::meta_growth_bytes`].
     meta_growth: AtomicU64,
-    read_only: bool,
+    read_only: AtomicBool,
     was_clean: bool,
     closed: AtomicBool,
     plug_lists: Mutex<Vec<plug::Lists>>,
@@ -147,10 +147,7 @@ impl Volume {
         let elected = elect::elect(devices)?;
         let mut generation = elected.generation;
         if !read_only {
-            if elected.identity.ro_compat != 0 {
-                let kind = crate::label::LabelError::Features(elected.identity.ro_compat);
-                return Err(VolumeError::Volume(VolumeErrorKind::Label(kind)));
-            }
+            elected.check_known()?;
             let block_error = |error| block_error(&elected.devices, error);
             elected.repair().map_err(block_error)?;
             generation += 1;
@@ -195,7 +192,7 @@ impl Volume {
             identity,
             devices,
             queues,
-            read_only,
+            read_only: AtomicBool::new(read_only),
             was_clean,
             closed: AtomicBool::new(false),
             plug_lists: Mutex::default(),
@@ -216,7 +213,34 @@ impl Volume {
 
     /// Whether the volume was assembled read-only.
     pub fn is_read_only(&self) -> bool {
-        self.read_only
+        self.read_only.load(Ordering::Acquire)
+    }
+
+    /// Goes on writing with a volume that was assembled read-only, as [`Volume::assemble`] would
+    /// have begun. If that fails, it is still read-only; members may stay locked against other
+    /// readers.
+    pub fn make_writable(&self) -> Result<(), VolumeError> {
+        let mut durable = self.durable.lock();
+        if !self.is_read_only() {
+            return Ok(());
+        }
+        for device in &self.devices {
+            let refused = |why| VolumeError::on(&**device, VolumeErrorKind::NotWritable(why));
+            device.make_writable().map_err(refused)?;
+        }
+        let elected = elect::elect(self.devices.clone())?;
+        if elected.generation != durable.generation {
+            let (found, newest) = (durable.generation, elected.generation);
+            let kind = VolumeErrorKind::Stale { found, newest };
+            return Err(VolumeError::Volume(kind));
+        }
+        elected.check_known()?;
+        let failed = |error| block_error(&self.devices, error);
+        elected.repair().map_err(failed)?;
+        let table = durable.table.clone();
+        self.update(&mut durable, table, false).map_err(failed)?;
+        self.read_only.store(false, Ordering::Release);
+        Ok(())
     }
 
     /// The chunks in order of their logical place.
@@ -231,7 +255,7 @@ impl Volume {
         kind: ChunkKind,
         reserve_bytes: u64,
     ) -> Result<Chunk, VolumeError> {
-        if self.read_only {
+        if self.is_read_only() {
             return Err(VolumeError::Volume(VolumeErrorKind::ReadOnly));
         }
         let mut durable = self.durable.lock();
@@ -372,7 +396,7 @@ impl Volume {
         if let Some(error) = late {
             return Err(error);
         }
-        if self.read_only {
+        if self.is_read_only() {
             return Ok(());
         }
         let mut durable = self.durable.lock();
@@ -385,7 +409,7 @@ impl Volume {
         if self.closed.load(Ordering::Relaxed) {
             return Some(ErrorKind::DeviceGone);
         }
-        (self.read_only && op != Op::Read).then_some(ErrorKind::Os(libc::EROFS))
+        (op != Op::Read && self.is_read_only()).then_some(ErrorKind::Os(libc::EROFS))
     }
 }
 

@@ -20,6 +20,7 @@ fn mode(backend: Backend, read_only: bool) -> OpenMode {
         read_only,
         direct: true,
         backend,
+        ..OpenMode::default()
     }
 }
 

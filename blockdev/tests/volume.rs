@@ -67,6 +67,7 @@ fn files_work_with_every_backend() {
                 read_only: false,
                 direct,
                 backend,
+                ..OpenMode::default()
             };
             let open = || {
                 paths

@@ -22,7 +22,7 @@ impl FileSystem {
     /// was just before.
     pub(crate) fn touch_accessed(&self, inode: &Arc<Inode>, attr: &Attr) {
         let options = &self.options;
-        if options.read_only
+        if self.is_read_only()
             || options.atime == AtimeMode::Noatime
             || (options.nodiratime && attr.is_dir())
             || attr.flags & FLAG_NOATIME != 0

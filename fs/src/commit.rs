@@ -169,7 +169,7 @@ impl FileSystem {
 
     /// Everything is durable when this returns well.
     pub fn sync(&self) -> Result<(), Errno> {
-        if self.options.read_only {
+        if self.is_read_only() {
             Ok(())
         } else {
             self.commit_now()
@@ -197,7 +197,7 @@ impl FileSystem {
             }
             let asked = state.wanted > state.closed;
             drop(state);
-            if !self.options.read_only && (asked || self.is_changed()) {
+            if !self.is_read_only() && (asked || self.is_changed()) {
                 self.commit_once();
             } else {
                 self.end_empty();

@@ -209,7 +209,7 @@ impl FileSystem {
     }
 
     fn make_durable(&self, inode: &Inode) -> Result<(), Errno> {
-        if self.options.read_only {
+        if self.is_read_only() {
             return Ok(());
         }
         let clean = inode

@@ -76,6 +76,10 @@ pub struct FileSystem {
     pub(crate) mapping: RwLock<()>,
     pub(crate) committer: Committer,
     pub(crate) reclaimer: Reclaimer,
+    /// Mounted read-only, and not made writable since.
+    read_only: AtomicBool,
+    /// Held to change that.
+    remounting: Mutex<()>,
     /// A commit failed: nothing may change any more.
     pub(crate) failed: AtomicBool,
     unmounted: AtomicBool,
@@ -193,6 +197,7 @@ impl FileSystem {
             })
         };
         let (next_ino, inode_count) = (number(SETTING_NEXT_INO)?, number(SETTING_INODE_COUNT)?);
+        let read_only = AtomicBool::new(options.read_only);
         let fs = Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
             options,
@@ -212,6 +217,8 @@ impl FileSystem {
             mapping: RwLock::default(),
             committer: Committer::default(),
             reclaimer: Reclaimer::default(),
+            read_only,
+            remounting: Mutex::default(),
             failed: AtomicBool::new(false),
             unmounted: AtomicBool::new(false),
         });
@@ -250,14 +257,14 @@ impl FileSystem {
         if self.unmounted.swap(true, Ordering::SeqCst) {
             return Ok(());
         }
-        if !self.options.read_only {
+        if !self.is_read_only() {
             if let Err(error) = self.release_orphans() {
                 log::warn!("orphans stay until the next mount: {error}");
             }
             self.reclaim_all();
         }
         self.reclaimer.stop();
-        let committed = if self.options.read_only {
+        let committed = if self.is_read_only() {
             Ok(())
         } else {
             self.commit_now().and(self.check_all_written())
@@ -302,9 +309,35 @@ impl FileSystem {
         &self.volume
     }
 
+    /// Whether it is mounted read-only.
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.read_only.load(Ordering::Acquire)
+    }
+
+    /// Goes on writing what was mounted read-only, from where a writing mount would have begun.
+    /// Does nothing if it is writable already. After a failure it can be read as before, or, if the
+    /// metadata store cannot be opened again, not used at all.
+    pub fn make_writable(&self) -> Result<(), MountError> {
+        let _one = self.remounting.lock();
+        if self.failed.load(Ordering::SeqCst) {
+            let why = "a commit failed; unmount it, mend the devices, mount it again";
+            return Err(MountError::Metadata(why.into()));
+        }
+        if !self.is_read_only() {
+            return Ok(());
+        }
+        self.volume.make_writable()?;
+        self.store.reopen(|| {
+            self.meta.begin_again_to_write()?;
+            Ok(self.meta.storage())
+        })?;
+        self.read_only.store(false, Ordering::Release);
+        Ok(self.adopt_orphans()?)
+    }
+
     /// `ROFS` where nothing may change.
     pub(crate) fn check_writable(&self) -> Result<(), Errno> {
-        if self.options.read_only || self.failed.load(Ordering::Relaxed) {
+        if self.is_read_only() || self.failed.load(Ordering::Relaxed) {
             return Err(Errno::ROFS);
         }
         Ok(())

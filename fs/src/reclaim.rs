@@ -51,7 +51,7 @@ impl FileSystem {
         if unused()
             && inode.state.lock().attr.nlink == 0
             && !inode.deleted.load(Ordering::SeqCst)
-            && !self.options.read_only
+            && !self.is_read_only()
         {
             self.reclaimer.push(inode.ino);
         }

@@ -23,9 +23,9 @@ fn refused(what: &str, first: u64, count: u64, kind: ErrorKind) -> Errno {
 
 impl FileSystem {
     /// FITRIM: discards free space in the byte range `start..start + len` of the volume, in runs of
-    /// at least `min_len` bytes. Returns how many bytes. The blocks of chunks come first, as they are
-    /// numbered, and then the space that is in no chunk, without the reserve of metadata. What was
-    /// freed and is not committed is left alone.
+    /// at least `min_len` bytes. Returns how many bytes. The blocks of chunks come first, as they
+    /// are numbered, and then the space that is in no chunk, without the reserve of metadata. What
+    /// was freed and is not committed is left alone.
     pub fn trim(&self, start: u64, len: u64, min_len: u64) -> Result<u64, Errno> {
         self.check_writable()?;
         let (chunks_end, space) = (self.space.end(), self.space.stats());

@@ -158,11 +158,10 @@ fn trim(env: &Env) -> Outcome {
 fn remount(env: &Env) -> Outcome {
     let mut volume = Volume::format(env, "v", &[128 * MIB; 2], &[]);
     volume.mount(&[]);
+    let (device, place) = (volume.devices[0].clone(), volume.mountpoint.clone());
     let remount = |options: &str| {
-        env.braidfs()
-            .args(["mount", "-o", options])
-            .arg(&volume.devices[0])
-            .arg(&volume.mountpoint)
+        let mount = env.braidfs().args(["mount", "-o", options]);
+        mount.arg(&device).arg(&place)
     };
     fs::write(volume.path("file"), "one").expect("write");
     remount("remount,ro").ok();
@@ -172,13 +171,27 @@ fn remount(env: &Env) -> Outcome {
     fs::write(volume.path("file"), "two").expect("write again");
     volume.umount();
     volume.mount(&["ro"]);
-    let told = env
-        .braidfs()
-        .args(["mount", "-o", "remount,rw"])
-        .arg(&volume.devices[0])
-        .arg(&volume.mountpoint)
-        .fails();
-    assert!(told.stderr.contains("reading only"), "{}", told.stderr);
+    let sums = |volume: &Volume| {
+        let sum = |image| Cmd::new("sha256sum").arg(image).quiet().ok().stdout;
+        volume.devices.iter().map(sum).collect::<Vec<_>>()
+    };
+    let before = sums(&volume);
+    let held = fs::File::open(volume.path("file")).expect("open");
+    assert_eq!(before, sums(&volume), "reading writes nothing");
+    // Another reader of the devices is in the way, and is named.
+    let mut other = Volume::on(env, "other", volume.devices.clone());
+    other.mount(&["ro"]);
+    let told = remount("remount,rw").fails();
+    assert!(told.stderr.contains("in use"), "{}", told.stderr);
+    other.umount();
+    remount("remount,rw").ok();
+    assert_eq!(std::io::read_to_string(held).expect("read"), "two");
+    fs::write(volume.path("file"), "three").expect("write after the remount");
+    volume.umount();
+    volume.fsck_clean();
+    volume.mount(&["ro"]);
+    let found = fs::read_to_string(volume.path("file")).expect("read");
+    assert_eq!(found, "three");
     volume.umount();
     Ok(())
 }

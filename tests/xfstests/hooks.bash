@@ -56,6 +56,8 @@ braidfs_replace_functions() {
     # The kernel shows the subtype; xfstests only knows `fuse`.
     _fs_type() { _df_device "$1" | awk '{ print $2 }' | sed 's/^fuse\.braidfs$/fuse/'; }
 
+    _require_names_are_bytes() { :; }
+
     # Tests that call mount(8) themselves name the type, which names no server.
     _mount() {
         local word words=()

@@ -1,12 +1,15 @@
 //! A file or block device, opened and locked, with the plain system calls on it.
 #![expect(unsafe_code, reason = "system calls on raw memory and device ioctls")]
 
+use super::open::{OpenError, open_error};
 use crate::error::{ErrorKind, Op};
 use crate::request::DeviceRequest;
 use crate::units::dev_len;
 use libc::iovec;
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::OnceLock;
 
 /// The kernel's limit on segments of one vectored call.
 pub(super) const IOV_MAX: usize = 1024;
@@ -19,6 +22,9 @@ pub(super) struct DeviceFile {
     pub size_bytes: u64,
     pub direct: bool,
     pub is_block: bool,
+    pub is_writable: bool,
+    /// A block device that was opened shared is opened once more when it is taken for ourselves.
+    pub claim: OnceLock<File>,
 }
 
 nix::ioctl_write_ptr_bad!(
@@ -50,8 +56,32 @@ impl DeviceFile {
         Ok(DeviceFile {
             name: self.name.clone(),
             file: self.file.try_clone()?,
+            claim: OnceLock::new(),
             ..*self
         })
+    }
+
+    /// See [`super::BlockDevice::make_writable`].
+    pub(super) fn make_writable(&self) -> Result<(), OpenError> {
+        if !self.is_writable {
+            return Err(OpenError::Os(libc::EROFS));
+        }
+        if self.file.try_lock().is_err() {
+            // Asking for more may have cost what there was.
+            return self.file.try_lock_shared().map_or_else(
+                |_| Err(OpenError::Os(libc::ENOLCK)),
+                |()| Err(OpenError::InUse),
+            );
+        }
+        if self.is_block && self.claim.get().is_none() {
+            let same = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+            let mut options = File::options();
+            let exclusively = libc::O_EXCL | libc::O_CLOEXEC;
+            let claim = options.read(true).custom_flags(exclusively).open(same);
+            let claim = claim.map_err(open_error)?;
+            self.claim.get_or_init(|| claim);
+        }
+        Ok(())
     }
 
     /// Does the whole request on this thread. Short transfers are continued.

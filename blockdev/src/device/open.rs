@@ -13,7 +13,7 @@ use nix::fcntl::OFlag;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// Which backend to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,8 +30,11 @@ pub enum Backend {
 /// How to open a device.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct OpenMode {
-    /// Take a shared lock and never write.
+    /// Take a shared lock and do not write.
     pub read_only: bool,
+    /// Together with that: open it for writing if that is allowed, so that
+    /// [`BlockDevice::make_writable`] can follow.
+    pub for_writing_later: bool,
     /// Bypass the kernel's page cache (O_DIRECT) where the device allows it.
     pub direct: bool,
     /// The backend.
@@ -102,22 +105,23 @@ fn open_file(path: &Path, mode: OpenMode) -> Result<DeviceFile, OpenError> {
     if let Some(device) = backed_loop_device(path) {
         return Err(OpenError::BacksLoop(device));
     }
-    let open = |direct: bool| {
+    let open = |direct: bool, write: bool| {
         let mut flags = OFlag::O_CLOEXEC;
         flags.set(OFlag::O_DIRECT, direct);
         flags.set(OFlag::O_EXCL, is_block && !mode.read_only);
         let mut options = OpenOptions::new();
         options
             .read(true)
-            .write(!mode.read_only)
+            .write(write)
             .custom_flags(flags.bits())
             .open(path)
     };
-    let (file, direct) = match open(mode.direct) {
+    let is_writable = !mode.read_only || mode.for_writing_later && open(false, true).is_ok();
+    let (file, direct) = match open(mode.direct, is_writable) {
         Ok(file) => (file, mode.direct),
         // This file system does not know O_DIRECT.
         Err(error) if mode.direct && error.raw_os_error() == Some(libc::EINVAL) => {
-            (open(false).map_err(open_error)?, false)
+            (open(false, is_writable).map_err(open_error)?, false)
         }
         Err(error) => return Err(open_error(error)),
     };
@@ -134,6 +138,8 @@ fn open_file(path: &Path, mode: OpenMode) -> Result<DeviceFile, OpenError> {
         size_bytes,
         direct,
         is_block,
+        is_writable,
+        claim: OnceLock::new(),
     })
 }
 
@@ -149,7 +155,7 @@ fn lock(file: &File, shared: bool) -> Result<(), OpenError> {
     })
 }
 
-fn open_error(error: std::io::Error) -> OpenError {
+pub(super) fn open_error(error: std::io::Error) -> OpenError {
     match error.raw_os_error().unwrap_or(libc::EIO) {
         libc::EBUSY => OpenError::InUse,
         errno => OpenError::Os(errno),

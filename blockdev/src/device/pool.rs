@@ -6,6 +6,7 @@
 use super::BlockDevice;
 use super::file::DeviceFile;
 use super::gate::Gate;
+use super::open::OpenError;
 use crate::error::ErrorKind;
 use crate::request::DeviceRequest;
 use parking_lot::{Condvar, Mutex};
@@ -112,6 +113,10 @@ impl BlockDevice for PoolDevice {
         } else {
             "threads"
         }
+    }
+
+    fn make_writable(&self) -> Result<(), OpenError> {
+        self.shared().file.make_writable()
     }
 
     fn submit(&self, request: DeviceRequest) {

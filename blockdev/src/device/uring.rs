@@ -17,6 +17,7 @@ use super::BlockDevice;
 use super::file::{DeviceFile, IOV_MAX};
 use super::gate::Gate;
 use super::mailbox::{Mailbox, Next};
+use super::open::OpenError;
 use super::pool::PoolDevice;
 use crate::error::{ErrorKind, Op};
 use crate::pages::PageRun;
@@ -147,6 +148,10 @@ impl BlockDevice for UringDevice {
         } else {
             "io_uring"
         }
+    }
+
+    fn make_writable(&self) -> Result<(), OpenError> {
+        self.shared().file.make_writable()
     }
 
     fn submit(&self, request: DeviceRequest) {

@@ -83,9 +83,9 @@ impl Volume {
         }
     }
 
-    /// As [`Volume::discard_wait`], for device space that is in no chunk: thought of as one run, the
-    /// gaps of one device after those of the other, the part `from..to`, in bytes. Returns how many
-    /// bytes that were. No chunk can be made meanwhile, so let the part be small.
+    /// As [`Volume::discard_wait`], for device space that is in no chunk: thought of as one run,
+    /// the gaps of one device after those of the other, the part `from..to`, in bytes. Returns how
+    /// many bytes that were. No chunk can be made meanwhile, so let the part be small.
     pub fn discard_unallocated(&self, from: u64, to: u64) -> Result<u64, ErrorKind> {
         if let Some(error) = self.refusal(Op::Write) {
             return Err(error);

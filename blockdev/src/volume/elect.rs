@@ -37,6 +37,16 @@ pub(super) struct Elected {
 }
 
 impl Elected {
+    /// Whether we know all that one must know to write.
+    pub(super) fn check_known(&self) -> Result<(), VolumeError> {
+        match self.identity.ro_compat {
+            0 => Ok(()),
+            unknown => Err(VolumeError::Volume(VolumeErrorKind::Label(
+                LabelError::Features(unknown),
+            ))),
+        }
+    }
+
     /// Brings every member to the elected generation. Must be durable before the next update,
     /// which overwrites the only good label of a member that lags.
     pub(super) fn repair(&self) -> Result<(), BlockError> {

@@ -1,6 +1,7 @@
 //! What the volume's callers see: chunks, options, descriptions, errors.
 
 use crate::device::BlockDevice;
+use crate::device::open::OpenError;
 use crate::error::BlockError;
 use crate::label::LabelError;
 use crate::table::TableError;
@@ -265,6 +266,9 @@ pub enum VolumeErrorKind {
         /// Size by the label.
         wanted: u64,
     },
+    /// A member that was opened for reading cannot be had for writing.
+    #[error("cannot be written: it {0}")]
+    NotWritable(OpenError),
     /// The volume was assembled read-only.
     #[error("the volume is read-only")]
     ReadOnly,

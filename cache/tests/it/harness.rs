@@ -225,7 +225,8 @@ impl Backing for Store {
         out: &mut Vec<Placement>,
     ) -> Result<(), CacheError> {
         self.gate.pass();
-        if let Some(errno) = *self.fail_allocate.lock().unwrap() {
+        let fails = *self.fail_allocate.lock().unwrap();
+        if let Some(errno) = fails {
             return Err(CacheError::Backing(errno));
         }
         let mut state = self.state.lock().unwrap();

@@ -6,6 +6,7 @@
 //! | line | answer |
 //! | --- | --- |
 //! | `stats` | one line of JSON |
+//! | `writable` | `ok` or `error TEXT`: a file system that was mounted read-only goes on writing |
 //! | `wait` | `waiting` at once; `ok` or `error TEXT` when the daemon has ended after an unmount |
 //!
 //! A device number belongs to one mount at a time, so whatever lies at its path when a mount begins
@@ -209,19 +210,32 @@ fn answer(stream: &UnixStream, state: &State) -> io::Result<()> {
             let mount = state.inner.lock().mount.clone();
             match mount {
                 Some(mount) => writeln!(out, "{}", mount.stats()),
-                None => writeln!(out, "error the file system is being unmounted"),
+                None => write_error(out, "the file system is being unmounted"),
+            }
+        }
+        "writable" => {
+            let mount = state.inner.lock().mount.clone();
+            let made = mount.map(|mount| mount.file_system().make_writable());
+            match made {
+                Some(Ok(())) => writeln!(out, "ok"),
+                Some(Err(error)) => write_error(out, &error.to_string()),
+                None => write_error(out, "the file system is being unmounted"),
             }
         }
         "wait" => {
             writeln!(out, "waiting")?;
             match state.wait(stream)? {
                 Some(Ok(())) => writeln!(out, "ok"),
-                Some(Err(text)) => writeln!(out, "error {}", text.replace('\n', " ")),
+                Some(Err(text)) => write_error(out, &text),
                 None => Ok(()),
             }
         }
-        _ => writeln!(out, "error unknown command"),
+        _ => write_error(out, "unknown command"),
     }
+}
+
+fn write_error(mut out: &UnixStream, text: &str) -> io::Result<()> {
+    writeln!(out, "error {}", text.replace('\n', " "))
 }
 
 fn socket_name((major, minor): (u32, u32)) -> String {
@@ -300,6 +314,19 @@ pub fn request_stats(stream: &UnixStream) -> io::Result<String> {
     let mut out = stream;
     writeln!(out, "stats")?;
     read_line(&mut BufReader::new(stream))
+}
+
+/// Has the daemon of a read-only mount go on writing. The inner error is the daemon's.
+pub fn request_writable(stream: &UnixStream) -> io::Result<Result<(), String>> {
+    // Recovery after a crash, and what was being deleted then, may take a while.
+    stream.set_read_timeout(None)?;
+    let mut out = stream;
+    writeln!(out, "writable")?;
+    let line = read_line(&mut BufReader::new(stream))?;
+    Ok(match line.strip_prefix("error ") {
+        Some(text) => Err(text.to_owned()),
+        None => Ok(()),
+    })
 }
 
 /// A connection on which the daemon will say how the unmount went.

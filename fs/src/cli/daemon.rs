@@ -90,6 +90,7 @@ fn mount_core(job: &Job) -> Result<Arc<FileSystem>, CliError> {
     let read_only = job.options.core.read_only;
     let mode = OpenMode {
         read_only,
+        for_writing_later: read_only,
         direct: job.options.member_direct,
         backend: job.options.backend,
     };

@@ -128,9 +128,17 @@ fn remount(args: &MountArgs) -> Result<(), CliError> {
         .and_then(|line| serde_json::from_str::<serde_json::Value>(&line).ok());
     let read_only = stats.is_some_and(|stats| stats["read_only"] == true);
     if read_only && !options.core.read_only {
-        return Err(exit::failure(format!(
-            "{place}: its devices are open for reading only; unmount it, and mount it with 'rw'"
-        )));
+        let answer = control::connect(&entry).map(|stream| control::request_writable(&stream));
+        let made = match answer {
+            Some(Ok(made)) => made,
+            Some(Err(error)) => Err(io_text(&error)),
+            None => Err("its daemon does not answer".to_owned()),
+        };
+        made.map_err(|why| {
+            exit::failure(format!(
+                "{place}: cannot be made writable: {why}; nothing was changed"
+            ))
+        })?;
     }
     if options.core.read_only && !read_only {
         // What was written until now is to be safe when this returns.

@@ -19,6 +19,7 @@
 //! chunk is made, for that device I/O; nothing else is taken under it.
 
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use braidfs_blockdev::{
@@ -160,57 +161,9 @@ struct State {
     high_page: u64,
 }
 
-/// One past the highest page that the checksum areas know of. Looks at the last chunks only, until
-/// one has been written to.
-fn highest_page(chunks: &mut [MetaChunk], volume: &Volume) -> u64 {
-    for chunk in chunks.iter_mut().rev() {
-        let (first, end) = (chunk.first_page, chunk.end_page());
-        let payload = chunk.payload_blocks;
-        match chunk.area(volume) {
-            Ok(area) => {
-                let known = |&index: &u64| area.known(index) != Known::Nothing;
-                if let Some(index) = (0..payload).rev().find(known) {
-                    return first + index + 1;
-                }
-            }
-            // Not to be seen now: take it for full.
-            Err(_) => return end,
-        }
-    }
-    0
-}
-
-/// redb's file. Shared by redb (as its storage) and the page cache (as its backing).
-pub(crate) struct MetaFile {
-    volume: Arc<Volume>,
-    state: Mutex<State>,
-    space: OnceLock<Arc<AddressSpace>>,
-    read_only: bool,
-}
-
-impl std::fmt::Debug for MetaFile {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("MetaFile")
-    }
-}
-
-fn io_error(error: CacheError) -> io::Error {
-    io::Error::from_raw_os_error(error.errno())
-}
-
-fn block_error(error: BlockError) -> io::Error {
-    io::Error::other(error)
-}
-
-impl MetaFile {
-    /// Opens the file as its head says. With `fresh`, makes it empty first, whatever the devices
-    /// held before.
-    pub(crate) fn open(
-        volume: Arc<Volume>,
-        cache: &Arc<Cache>,
-        read_only: bool,
-        fresh: bool,
-    ) -> io::Result<Arc<Self>> {
+impl State {
+    /// What the devices say.
+    fn load(volume: &Volume, fresh: bool) -> io::Result<Self> {
         let chunks: Vec<Chunk> = volume
             .chunks()
             .into_iter()
@@ -274,12 +227,68 @@ impl MetaFile {
             }
             state.chunks.push(chunk);
         }
-        state.high_page = highest_page(&mut state.chunks, &volume);
+        state.high_page = highest_page(&mut state.chunks, volume);
+        Ok(state)
+    }
+}
+
+/// One past the highest page that the checksum areas know of. Looks at the last chunks only, until
+/// one has been written to.
+fn highest_page(chunks: &mut [MetaChunk], volume: &Volume) -> u64 {
+    for chunk in chunks.iter_mut().rev() {
+        let (first, end) = (chunk.first_page, chunk.end_page());
+        let payload = chunk.payload_blocks;
+        match chunk.area(volume) {
+            Ok(area) => {
+                let known = |&index: &u64| area.known(index) != Known::Nothing;
+                if let Some(index) = (0..payload).rev().find(known) {
+                    return first + index + 1;
+                }
+            }
+            // Not to be seen now: take it for full.
+            Err(_) => return end,
+        }
+    }
+    0
+}
+
+/// redb's file. Shared by redb (as its storage) and the page cache (as its backing).
+pub(crate) struct MetaFile {
+    volume: Arc<Volume>,
+    state: Mutex<State>,
+    space: OnceLock<Arc<AddressSpace>>,
+    read_only: AtomicBool,
+}
+
+impl std::fmt::Debug for MetaFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("MetaFile")
+    }
+}
+
+fn io_error(error: CacheError) -> io::Error {
+    io::Error::from_raw_os_error(error.errno())
+}
+
+fn block_error(error: BlockError) -> io::Error {
+    io::Error::other(error)
+}
+
+impl MetaFile {
+    /// Opens the file as its head says. With `fresh`, makes it empty first, whatever the devices
+    /// held before.
+    pub(crate) fn open(
+        volume: Arc<Volume>,
+        cache: &Arc<Cache>,
+        read_only: bool,
+        fresh: bool,
+    ) -> io::Result<Arc<Self>> {
+        let state = State::load(&volume, fresh)?;
         let file = Arc::new(Self {
             volume,
             state: Mutex::new(state),
             space: OnceLock::new(),
-            read_only,
+            read_only: AtomicBool::new(read_only),
         });
         let backing: Arc<dyn Backing> = Arc::new(MetaBacking(Arc::downgrade(&file)));
         let space = cache.new_space(META_SPACE_ID, SpaceClass::Meta, backing);
@@ -291,6 +300,19 @@ impl MetaFile {
     /// redb's view of the file.
     pub(crate) fn storage(self: &Arc<Self>) -> MetaStorage {
         MetaStorage(Arc::clone(self))
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.read_only.load(Ordering::Acquire)
+    }
+
+    /// What recovery did in memory is forgotten; it is for redb to do again, and be written. Nobody
+    /// uses the file meanwhile.
+    pub(crate) fn begin_again_to_write(&self) -> io::Result<()> {
+        self.space().discard(PageRange::ALL);
+        *self.state.lock() = State::load(&self.volume, false)?;
+        self.read_only.store(false, Ordering::Release);
+        Ok(())
     }
 
     fn space(&self) -> &Arc<AddressSpace> {
@@ -414,7 +436,7 @@ impl MetaFile {
     /// The last call: what is in memory and may not be written (a read-only mount's recovery) is
     /// forgotten, anything else is made durable.
     pub(crate) fn close(&self) -> io::Result<()> {
-        if self.read_only {
+        if self.is_read_only() {
             self.space().discard(PageRange::ALL);
             return Ok(());
         }
@@ -422,7 +444,7 @@ impl MetaFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        if self.read_only {
+        if self.is_read_only() {
             return Ok(());
         }
         self.space().flush(PageRange::ALL).map_err(io_error)?;
@@ -551,7 +573,7 @@ impl Backing for MetaBacking {
         out: &mut Vec<Placement>,
     ) -> Result<(), CacheError> {
         let file = self.file()?;
-        if file.read_only {
+        if file.is_read_only() {
             return Err(CacheError::Backing(libc::EROFS));
         }
         let mut state = file.state.lock();

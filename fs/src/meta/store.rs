@@ -135,9 +135,7 @@ const REDB_CACHE_BYTES: usize = 32 << 20;
 impl Store {
     /// Opens the store, or makes it if `backend` is empty.
     pub(crate) fn open(backend: impl redb::StorageBackend) -> Result<Self, redb::Error> {
-        let db = Database::builder()
-            .set_cache_size(REDB_CACHE_BYTES)
-            .create_with_backend(backend)?;
+        let db = Self::open_database(backend)?;
         let missing = {
             let read = db.begin_read()?;
             read.open_table(FREE).is_err()
@@ -163,6 +161,29 @@ impl Store {
             used: Mutex::new(None),
             state: RwLock::new(state),
         })
+    }
+
+    fn open_database(backend: impl redb::StorageBackend) -> Result<Database, redb::Error> {
+        Ok(Database::builder()
+            .set_cache_size(REDB_CACHE_BYTES)
+            .create_with_backend(backend)?)
+    }
+
+    /// Opens the same store anew, between closing it and using what `prepare` gives; look-ups wait.
+    /// Nothing has been changed since it was opened.
+    pub(crate) fn reopen<B: redb::StorageBackend>(
+        &self,
+        prepare: impl FnOnce() -> std::io::Result<B>,
+    ) -> Result<(), redb::Error> {
+        let mut db = self.db.lock();
+        let mut state = self.state.write();
+        if let Some(db) = db.take() {
+            db.close()?;
+        }
+        let opened = Self::open_database(prepare()?)?;
+        state.base = Self::snapshot(&opened)?;
+        *db = Some(opened);
+        Ok(())
     }
 
     fn snapshot(db: &Database) -> Result<Base, redb::Error> {
