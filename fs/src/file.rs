@@ -54,7 +54,7 @@ impl OpenFile {
     }
 }
 
-fn may_write(flags: i32) -> bool {
+pub(crate) fn may_write(flags: i32) -> bool {
     flags & libc::O_ACCMODE != libc::O_RDONLY
 }
 

@@ -12,6 +12,7 @@ use braidfs_cache::{PageRange, SpaceClass};
 
 use crate::alloc::Room;
 use crate::commit::GROUP_BYTES_MAX;
+use crate::file::may_write;
 use crate::filesystem::FileSystem;
 use crate::inode::Inode;
 use crate::{Errno, OpenFile, StatFs};
@@ -229,7 +230,11 @@ impl FileSystem {
 
     /// `NOSPC` for a moment after that, unless blocks have come free: a cache in front asks before
     /// it takes more for this file.
+    /// Readers at the end of the file ask in the same way, so who cannot write is never refused.
     pub fn check_room(&self, file: &OpenFile) -> Result<(), Errno> {
+        if !may_write(file.flags()) {
+            return Ok(());
+        }
         let mut no_room = file.inode.no_room.lock();
         match *no_room {
             Some((since, free)) if since.elapsed() < NO_ROOM && self.statfs().bfree <= free => {

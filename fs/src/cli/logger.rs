@@ -56,8 +56,22 @@ pub fn start() {
     }
 }
 
+/// A panic ends the process: the last word goes where the others went.
+fn report_panic(info: &std::panic::PanicHookInfo<'_>) {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    let text = info.to_string().replace('\n', " ");
+    // Its own thread may hold the lock.
+    if let Some(mut state) = LOGGER.state.try_lock_for(PATIENCE) {
+        state.write(
+            Level::Error,
+            &format!("{text}; the mount ends, durable data is intact"),
+        );
+    }
+}
+
 /// Continues in a file, or with syslog where there is one.
 pub fn leave_stderr(file: Option<File>) {
+    std::panic::set_hook(Box::new(report_panic));
     let syslog = || {
         let socket = UnixDatagram::unbound().ok()?;
         socket.connect(SYSLOG_SOCKET).ok()?;
