@@ -4,10 +4,12 @@
 //! the last user lets go, a thread of its own removes blocks, attributes and record in bounded
 //! steps. A crash in between leaves the orphan row, and the next mount goes on from there.
 
-use std::collections::VecDeque;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use braidfs_blockdev::BLOCK_SIZE;
 use parking_lot::{Condvar, Mutex};
 
 use crate::filesystem::FileSystem;
@@ -21,6 +23,11 @@ struct State {
     queue: VecDeque<Ino>,
     busy: bool,
     stop: bool,
+    /// Blocks of files that nobody can open any more, until their turn comes.
+    doomed: HashMap<Ino, u64>,
+    doomed_blocks: u64,
+    /// The one whose turn it is.
+    current: Option<Arc<Inode>>,
 }
 
 /// Inodes to be deleted.
@@ -31,6 +38,39 @@ pub(crate) struct Reclaimer {
 }
 
 impl Reclaimer {
+    /// Nobody can open the inode any more: statfs is to count its blocks as free.
+    fn doom(&self, ino: Ino, blocks: u64) {
+        let mut state = self.state.lock();
+        if let Entry::Vacant(slot) = state.doomed.entry(ino) {
+            slot.insert(blocks);
+            state.doomed_blocks += blocks;
+        }
+    }
+
+    /// No longer: it got a name after all, or is being deleted.
+    pub(crate) fn spare(&self, ino: Ino) {
+        let mut state = self.state.lock();
+        let blocks = state.doomed.remove(&ino);
+        state.doomed_blocks -= blocks.unwrap_or(0);
+    }
+
+    /// Sets whose turn it is, if anybody's.
+    fn turn_to(&self, inode: Option<&Arc<Inode>>) {
+        if let Some(inode) = inode {
+            self.spare(inode.ino);
+        }
+        self.state.lock().current = inode.cloned();
+    }
+
+    /// Blocks that deletion is about to free.
+    pub(crate) fn doomed_blocks(&self) -> u64 {
+        let (queued, current) = {
+            let state = self.state.lock();
+            (state.doomed_blocks, state.current.clone())
+        };
+        queued + current.map_or(0, |inode| inode.attr().blocks / UNITS)
+    }
+
     fn push(&self, ino: Ino) {
         self.state.lock().queue.push_back(ino);
         self.changed.notify_all();
@@ -43,16 +83,23 @@ impl Reclaimer {
     }
 }
 
+/// Units of `st_blocks` in a block.
+const UNITS: u64 = BLOCK_SIZE / 512;
+
 impl FileSystem {
-    /// Hands the inode to the reclaiming thread if it has neither name nor user.
+    /// Hands the inode to the reclaiming thread if it has neither name nor user. One without a name
+    /// that is merely remembered by a front end is as good as gone.
     pub(crate) fn maybe_reclaim(&self, inode: &Inode) {
-        let unused =
-            || inode.lookups.load(Ordering::SeqCst) == 0 && inode.opens.load(Ordering::SeqCst) == 0;
-        if unused()
-            && inode.state.lock().attr.nlink == 0
-            && !inode.deleted.load(Ordering::SeqCst)
-            && !self.is_read_only()
+        if inode.opens.load(Ordering::SeqCst) > 0
+            || inode.state.lock().attr.nlink > 0
+            || inode.deleted.load(Ordering::SeqCst)
+            || self.is_read_only()
         {
+            return;
+        }
+        self.reclaimer
+            .doom(inode.ino, self.blocks_of(inode) / UNITS);
+        if inode.lookups.load(Ordering::SeqCst) == 0 {
             self.reclaimer.push(inode.ino);
         }
     }
@@ -102,22 +149,27 @@ impl FileSystem {
         if in_use || inode.deleted.load(Ordering::SeqCst) {
             return Ok(());
         }
-        self.discard_pages(&inode, 0, u64::MAX >> 12);
-        if inode.state.lock().attr.is_file() {
-            self.truncate(&inode, 0)?;
-        }
-        self.check_writable()?;
-        {
-            let _pass = self.gate.enter();
-            if inode.state.lock().attr.is_file() {
-                // What was set aside behind the end of file.
-                self.remove_blocks(&inode, 0, u64::MAX >> 12)?;
-            }
-            self.delete_records(&inode)?;
-        }
+        self.reclaimer.turn_to(Some(&inode));
+        let deleted = self.delete(&inode);
+        self.reclaimer.turn_to(None);
+        deleted?;
         drop(inode);
         self.inodes.try_evict(ino);
         Ok(())
+    }
+
+    fn delete(&self, inode: &Arc<Inode>) -> Result<(), Errno> {
+        self.discard_pages(inode, 0, u64::MAX >> 12);
+        if inode.state.lock().attr.is_file() {
+            self.truncate(inode, 0)?;
+        }
+        self.check_writable()?;
+        let _pass = self.gate.enter();
+        if inode.state.lock().attr.is_file() {
+            // What was set aside behind the end of file.
+            self.remove_blocks(inode, 0, u64::MAX >> 12)?;
+        }
+        self.delete_records(inode)
     }
 
     fn delete_records(&self, inode: &Arc<Inode>) -> Result<(), Errno> {

@@ -252,7 +252,8 @@ impl FileSystem {
         let space = self.space.stats();
         let bfree = (space.free_blocks + space.unallocated_blocks)
             .saturating_sub(space.reserved_blocks + space.float_blocks)
-            + space.pending_blocks;
+            + space.pending_blocks
+            + self.reclaimer.doomed_blocks();
         let blocks = space.chunk_blocks + space.unallocated_blocks;
         let used = self.inode_count.load(std::sync::atomic::Ordering::Relaxed);
         let ffree = bfree.saturating_mul(INODES_PER_BLOCK);

@@ -109,3 +109,38 @@ fn readers_writers_and_commits_do_not_block_each_other_where_room_is_short() {
     fs.unmount().unwrap();
     check(&devices);
 }
+
+/// As soon as unlink returns, whoever asks sees the space, though deletion is another thread's work
+/// and the front end has yet to forget the inode.
+#[test]
+fn the_space_of_a_deleted_file_is_free_at_once() {
+    let devices = devices(2, 64 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let before = fs.statfs().bfree;
+    for written_back in [true, false] {
+        let file = create(&fs, ROOT_INO, "f");
+        write(&fs, &file, 0, &pattern(1, 12 << 20));
+        if written_back {
+            fs.fsync(&file, false).unwrap();
+        }
+        let full = fs.statfs().bfree;
+        assert!(full + 3000 < before, "{full} of {before}");
+        fs.release(&file);
+        fs.unlink(ROOT_INO, b"f").unwrap();
+        let after = fs.statfs().bfree;
+        assert!(after + 32 >= before, "{after} of {before}");
+        fs.forget(file.ino(), 1);
+        for _ in 0..200 {
+            let now = fs.statfs().bfree;
+            assert!(
+                (before - 32..=before + 32).contains(&now),
+                "{now} of {before}"
+            );
+            std::thread::yield_now();
+        }
+        fs.sync().unwrap();
+    }
+    fs.unmount().unwrap();
+    check(&devices);
+}
