@@ -76,7 +76,8 @@ impl FileSystem {
                 attr.mtime = time_of(time, now);
             }
             // The kernel's may be older than a change that it does not know of.
-            attr.ctime = set.ctime.map_or(now, |ctime| ctime.max(attr.ctime));
+            let least = *inode.flags_set.lock();
+            attr.ctime = set.ctime.map_or(now, |ctime| ctime.max(least));
             attr.is_dir()
         };
         if set.mode.is_some() {

@@ -152,6 +152,7 @@ impl FileSystem {
             }
             attr.flags = flags;
             attr.ctime = Timestamp::now();
+            *inode.flags_set.lock() = attr.ctime;
             drop(state);
             self.mark_dirty(&inode);
         }

@@ -503,3 +503,23 @@ fn times(fs: &FileSystem, inos: &[Ino]) -> Vec<Timestamp> {
     let atime = |&ino: &Ino| fs.getattr(ino).expect("getattr").atime;
     inos.iter().map(atime).collect()
 }
+
+/// A kernel that keeps times stamps an operation before it sends it: its time counts, not ours.
+#[test]
+fn a_kernel_that_keeps_times_is_believed() {
+    let devices = devices(1, 64 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let file = create(&fs, ROOT_INO, "f");
+    let stamped = Timestamp::now();
+    common::next_tick();
+    fs.fallocate(&file, 0, 0, 4096).unwrap();
+    let set = SetAttr {
+        mtime: Some(SetTime::At(stamped)),
+        ctime: Some(stamped),
+        ..SetAttr::default()
+    };
+    let attr = fs.setattr(file.ino(), &set, &CRED).unwrap();
+    assert_eq!((attr.mtime, attr.ctime), (stamped, stamped));
+    fs.unmount().unwrap();
+}

@@ -356,7 +356,9 @@ impl Waiting {
             .get_ref()
             .set_read_timeout(None)
             .map_err(|error| error.to_string())?;
-        match read_line(&mut self.reader) {
+        let said = read_line(&mut self.reader);
+        wait_gone(self.reader.get_ref());
+        match said {
             Ok(line) if line == "ok" => Ok(()),
             Ok(line) => match line.strip_prefix("error ") {
                 Some(text) => Err(text.to_owned()),
@@ -364,6 +366,29 @@ impl Waiting {
             },
             Err(_) => Err(gone.to_owned()),
         }
+    }
+}
+
+/// Waits a moment for the end of a daemon that has said its last word: what its members lie on may
+/// be unmounted next, and is in use as long as the process is there.
+fn wait_gone(stream: &UnixStream) {
+    use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+    let Ok(peer) = getsockopt(stream, PeerCredentials) else {
+        return;
+    };
+    let stat = format!("/proc/{}/stat", peer.pid());
+    let until = Instant::now() + FAREWELL;
+    // The state follows the name, which may have blanks and brackets of its own.
+    let runs = || {
+        let text = fs::read_to_string(&stat).unwrap_or_default();
+        let state = text
+            .rsplit(") ")
+            .next()
+            .and_then(|rest| rest.chars().next());
+        !matches!(state, None | Some('Z' | 'X'))
+    };
+    while peer.pid() != nix::unistd::getpid().as_raw() && runs() && Instant::now() < until {
+        thread::sleep(Duration::from_millis(1));
     }
 }
 

@@ -49,6 +49,8 @@ pub struct ParsedOptions {
     pub flags: MsFlags,
     /// Change the flags of a mount that exists.
     pub remount: bool,
+    /// Recover nothing on the devices: what a read-only mount does anyway.
+    pub no_recovery: bool,
 }
 
 impl ParsedOptions {
@@ -71,6 +73,7 @@ impl ParsedOptions {
             logfile: None,
             flags: MsFlags::empty(),
             remount: false,
+            no_recovery: false,
         }
     }
 
@@ -100,6 +103,9 @@ impl ParsedOptions {
         }
         if parsed.allow_root && parsed.allow_other == Some(true) {
             return Err("options 'allow_other' and 'allow_root' exclude each other".to_owned());
+        }
+        if parsed.no_recovery && !parsed.core.read_only {
+            return Err("option 'norecovery' needs 'ro'; nothing was mounted".to_owned());
         }
         Ok(parsed)
     }
@@ -139,6 +145,7 @@ impl ParsedOptions {
                 .flags
                 .insert(MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC),
             "owner" | "group" => self.flags.insert(MsFlags::MS_NOSUID | MsFlags::MS_NODEV),
+            "norecovery" | "noload" => self.no_recovery = true,
             // Always on, or meant for mount(8) and for others who read fstab.
             "default_permissions"
             | "defaults"
@@ -346,6 +353,12 @@ mod tests {
         assert_eq!(parsed.core.commit_interval, Duration::from_secs(30));
         assert_eq!(parsed.core.cache_bytes, 32 << 20);
         assert_eq!(parsed.flags, MsFlags::MS_RDONLY | MsFlags::MS_NOATIME);
+    }
+
+    #[test]
+    fn no_recovery_is_for_reading() {
+        assert!(parse("norecovery,ro").unwrap().core.read_only);
+        assert!(parse("noload").unwrap_err().contains("needs 'ro'"));
     }
 
     #[test]
