@@ -35,7 +35,14 @@ const PACKAGES: &[(&str, &str)] = &[
     ("setpriv", "util-linux"),
     ("sfdisk", "fdisk"),
     ("cargo", "cargo"),
+    ("cc", "build-essential"),
+    ("mount", "mount"),
+    ("unshare", "util-linux"),
+    ("which", "debianutils"),
 ];
+
+/// Tools that are crates, and the version of each that the tests know.
+const CRATES: &[(&str, &str)] = &[("fsx", "0.3.2"), ("pjdfstest", "0.2.2")];
 
 /// A test's surroundings.
 #[derive(Debug)]
@@ -64,6 +71,33 @@ impl Env {
             }
         }
         Ok(())
+    }
+
+    /// Skips the test unless this tool from crates.io is there, in the version the tests know.
+    pub fn need_crate(&self, name: &str) -> Result<PathBuf, Skip> {
+        let known = CRATES.iter().find(|entry| entry.0 == name);
+        let version = known.expect("a crate of the list").1;
+        let install = format!("(cargo install --locked {name}@{version}, or scripts/test)");
+        let Some(tool) = find_program(name) else {
+            return Err(Skip(format!("{name} is missing {install}")));
+        };
+        let told = Cmd::new(&tool).arg("--version").quiet().run().stdout;
+        if told.trim() == format!("{name} {version}") {
+            return Ok(tool);
+        }
+        let path = tool.display();
+        Err(Skip(format!("{path} is not version {version} {install}")))
+    }
+
+    /// Compiles a library that is loaded ahead of the C library, from `tests/preload`.
+    pub fn preload_library(&self, name: &str, flags: &[&str]) -> Result<PathBuf, Skip> {
+        self.need_tools(&["cc"])?;
+        let source = project_root().join("tests/preload").join(name);
+        let library = self.path(name).with_extension("so");
+        let fixed = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"];
+        let cc = Cmd::new("cc").args(fixed).args(flags).arg("-o");
+        cc.arg(&library).arg(source).ok();
+        Ok(library)
     }
 
     /// Skips the test unless the test folder's file system has this much room.
@@ -116,14 +150,23 @@ pub fn mount_obstacle() -> Option<String> {
     }
 }
 
-/// Finds a program in PATH or in the places only root has in it.
+/// Finds a program in PATH, in the places only root has in it, or among the tools from crates.io.
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let extra = ["/usr/sbin", "/sbin", "/usr/local/sbin"].map(PathBuf::from);
     std::env::split_paths(&path)
         .chain(extra)
+        .chain(crate_tools())
         .map(|dir| dir.join(name))
         .find(|candidate| candidate.is_file())
+}
+
+/// Where `scripts/test` installs tools from crates.io: `tools/bin` in the target folder, in which
+/// the running test lies too.
+fn crate_tools() -> Option<PathBuf> {
+    let exe = std::env::current_exe().ok()?;
+    let target = exe.ancestors().nth(3)?;
+    Some(target.join("tools/bin"))
 }
 
 /// The top folder of the project.

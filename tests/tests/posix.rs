@@ -16,6 +16,7 @@ fn main() -> ExitCode {
             Test::new("a_file_without_a_name_can_get_one", 60, tmpfile),
             Test::new("statx_shows_the_time_of_birth", 60, birth),
             Test::new("set_id_bits_go_with_a_write_of_others", 60, set_ids),
+            Test::new("a_running_program_is_not_cut", 60, running),
             Test::new("fallocate_seek_and_copy_agree", 60, ranges),
             Test::new("fstrim_gives_space_back_to_images", 120, trim),
             Test::new("a_remount_changes_ro_and_rw", 60, remount),
@@ -99,6 +100,21 @@ fn set_ids(env: &Env) -> Outcome {
         mkdir d; chgrp 65534 d; chmod 2775 d; mkdir d/sub; echo x >d/file
         [ \"$(stat -c '%g %a' d/sub)\" = '65534 2755' ]; [ \"$(stat -c %g d/file)\" = 65534 ]
         mkdir s; chmod 1777 s; echo x >s/roots; no as rm -f s/roots";
+    in_both_modes(env, script);
+    Ok(())
+}
+
+/// A program that runs cannot be opened to be written or cut, and stays whole.
+fn running(env: &Env) -> Outcome {
+    env.need_tools(&["xfs_io"])?;
+    let script = "
+        cp \"$(command -v sleep)\" copy; cp copy program
+        ./program 30 & pid=$!
+        until [ \"/proc/$pid/exe\" -ef program ]; do sleep 0.01; done
+        no xfs_io -r -t -c quit program; no xfs_io -t -c quit program; no xfs_io -c quit program
+        no truncate -s 1 program; no sh -c 'echo x >>program'
+        cmp copy program; kill $pid; wait $pid || true
+        xfs_io -r -t -c quit program; [ \"$(stat -c %s program)\" = 0 ]";
     in_both_modes(env, script);
     Ok(())
 }

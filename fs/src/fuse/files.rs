@@ -8,8 +8,8 @@ use super::attr::cred;
 use super::channel::TO_THE_END;
 use super::dispatch::{Parsed, Request};
 use super::protocol::{
-    Args, FSYNC_DATA, Malformed, OPEN_KILL_SUIDGID, Out, REQUEST_BYTES_MAX, WRITE_CACHE,
-    WRITE_KILL_SUIDGID, open_reply,
+    Args, FSYNC_DATA, Malformed, Out, REQUEST_BYTES_MAX, WRITE_CACHE, WRITE_KILL_SUIDGID,
+    open_reply,
 };
 use super::{CacheMode, Shared};
 use crate::{Attr, Cred, Errno, FLAG_SYNC, OpenFile, SetAttr, WriteFlags};
@@ -45,27 +45,6 @@ impl Shared {
 
     pub(super) fn file(&self, handle: u64) -> Result<Arc<OpenFile>, Errno> {
         self.handles.get(handle).ok_or(Errno::BADF)
-    }
-
-    /// open(2), with O_TRUNC, which the kernel leaves to us (ATOMIC_O_TRUNC).
-    fn open(&self, ino: u64, flags: i32, kill: bool, cred: &Cred) -> Result<Arc<OpenFile>, Errno> {
-        let file = self.fs.open(ino, flags & !libc::O_TRUNC)?;
-        if flags & libc::O_TRUNC != 0 {
-            let set = SetAttr {
-                size: Some(0),
-                kill_suidgid: kill,
-                ..SetAttr::default()
-            };
-            let set_ids_go = kill && self.has_set_ids(&file);
-            if let Err(error) = self.fs.setattr(ino, &set, cred) {
-                self.fs.release(&file);
-                return Err(error);
-            }
-            if set_ids_go {
-                self.forget_attributes(ino);
-            }
-        }
-        Ok(file)
     }
 
     /// Whether a file has set-id bits, which most changes of its content take away.
@@ -134,10 +113,9 @@ impl<'a> CreateIn<'a> {
 impl Request<'_> {
     pub(super) fn open(mut self) -> Parsed {
         let flags = self.args.u32()?.cast_signed();
-        let kill = self.args.u32()? & OPEN_KILL_SUIDGID != 0;
-        let cred = cred(&self.header, 0);
-        let opened = self.shared.open(self.header.nodeid, flags, kill, &cred);
+        self.args.skip(4)?; // whether set-id bits go: never without O_TRUNC
         let shared = self.shared;
+        let opened = shared.fs.open(self.header.nodeid, flags);
         self.reply.opened(opened.map(|file| {
             let how = shared.open_reply(&file, flags);
             (file, how)

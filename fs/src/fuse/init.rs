@@ -19,10 +19,10 @@ const TIME_GRANULARITY: u32 = 1;
 /// What braidfs uses of what the kernel can offer.
 ///
 /// Left out on purpose: POSIX_LOCKS and FLOCK_LOCKS (the kernel keeps locks itself),
+/// ATOMIC_O_TRUNC (a running program's file would be cut before the kernel refuses to open it),
 /// AUTO_INVAL_DATA (nobody else changes files), SPLICE_* (pages are read and written as they lie),
 /// CREATE_SUPP_GROUP (the kernel has settled the set-group-id bit before it asks).
 const WANTED: u64 = f::ASYNC_READ
-    | f::ATOMIC_O_TRUNC
     | f::EXPORT_SUPPORT
     | f::BIG_WRITES
     | f::DONT_MASK

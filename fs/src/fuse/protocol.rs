@@ -98,7 +98,6 @@ opcodes! {
 /// What both sides can do, negotiated by INIT (FUSE_* of the kernel's header).
 pub(super) mod init_flags {
     pub(in crate::fuse) const ASYNC_READ: u64 = 1 << 0;
-    pub(in crate::fuse) const ATOMIC_O_TRUNC: u64 = 1 << 3;
     pub(in crate::fuse) const EXPORT_SUPPORT: u64 = 1 << 4;
     pub(in crate::fuse) const BIG_WRITES: u64 = 1 << 5;
     pub(in crate::fuse) const DONT_MASK: u64 = 1 << 6;
@@ -139,8 +138,6 @@ pub(super) mod open_reply {
     pub(in crate::fuse) const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 }
 
-/// OPEN, CREATE: the caller truncates and may not keep set-id bits (FUSE_OPEN_KILL_SUIDGID).
-pub(super) const OPEN_KILL_SUIDGID: u32 = 1 << 0;
 /// FSYNC: the data only (FUSE_FSYNC_FDATASYNC).
 pub(super) const FSYNC_DATA: u32 = 1 << 0;
 /// GETATTR: the request names an open file.
