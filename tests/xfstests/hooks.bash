@@ -115,6 +115,9 @@ braidfs_replace_functions() {
         for word in "$@"; do [ "$word" != -f ] || how=flush; done
         braidfs_shutdown "$SCRATCH_MNT" "$how"
     }
+    _require_norecovery() {
+        _notrun "a read-only mount recovers in memory: nothing unrecovered is ever to be seen"
+    }
     _require_xfs_io_shutdown() {
         _notrun "no shutdown from inside xfs_io: the request reaches the server without its flags"
     }
