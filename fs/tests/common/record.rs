@@ -12,7 +12,7 @@ use braidfs_blockdev::device::sim::{SECTOR, SimPower};
 use braidfs_blockdev::{BlockDevice, DeviceRequest, Op, SimDevice};
 use parking_lot::ReentrantMutex;
 
-use super::model::Rng;
+use super::rng::Rng;
 
 const PAGE: usize = 4096;
 
