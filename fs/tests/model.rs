@@ -27,6 +27,9 @@ use common::*;
 const RUNS: u64 = 20;
 const OPS: u64 = 5000;
 
+/// Runs side by side. They also wait for devices' and commits' threads.
+const WORKERS: u64 = 3;
+
 /// In runs as short as this, each step has a time of its own: what it failed to set shows.
 const SHORT_STEPS: usize = 64;
 
@@ -338,14 +341,15 @@ fn random_operations_agree_with_the_model() {
         }
     };
     std::thread::scope(|scope| {
-        scope.spawn(worker);
-        scope.spawn(worker);
+        for _ in 0..WORKERS {
+            scope.spawn(worker);
+        }
     });
     let failed = failed.into_inner().expect("nobody panics with it");
     assert!(failed.is_empty(), "\n{}", failed.join("\n"));
     println!(
         "{} runs of {ops} operations, {} were refused, {} found the volume full, {:?}",
-        next.into_inner().saturating_sub(2).max(runs),
+        next.into_inner().saturating_sub(WORKERS).max(runs),
         refused.into_inner(),
         full.into_inner(),
         began.elapsed()

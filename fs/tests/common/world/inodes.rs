@@ -112,7 +112,7 @@ impl World {
             _ => self.ino(),
         };
         let mut flags = 0;
-        let slow = if self.limits.wide { 12 } else { u64::MAX };
+        let slow = if self.limits.wide { 24 } else { u64::MAX };
         for (flag, chance) in [
             (FLAG_IMMUTABLE, 4),
             (FLAG_APPEND, 4),
