@@ -16,7 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use braidfs::{AtimeMode, Errno, FileSystem, MountOptions, ROOT_INO};
+use braidfs::{AtimeMode, Errno, FileSystem, MountOptions, OpenFile, ROOT_INO};
 use braidfs_blockdev::SimDevice;
 use common::rng::Rng;
 use common::shrink::{Budget, Panic, catch, shrink};
@@ -67,6 +67,8 @@ struct Run {
     world: World,
     /// Free blocks of the empty volume.
     free: u64,
+    /// What fills the volume, and the step that it goes in.
+    filler: Option<(Arc<OpenFile>, u64)>,
 }
 
 impl Run {
@@ -103,12 +105,16 @@ impl Run {
             options,
             world,
             free,
+            filler: None,
         }
     }
 
     /// One step: an operation, or something that happens to the file system as a whole.
     fn step(&mut self, seed: u64, nth: u64) {
         let mut rng = Rng::of(!seed, nth);
+        if self.filler.as_ref().is_some_and(|(_, until)| nth >= *until) {
+            self.make_room();
+        }
         match rng.below(2400) {
             0..3 => self.remount(nth),
             3..5 => self.fill(nth),
@@ -124,6 +130,7 @@ impl Run {
     }
 
     fn remount(&mut self, nth: u64) {
+        self.make_room();
         let world = &mut self.world;
         world.begin(nth);
         world.say(format_args!("unmount, check, mount"));
@@ -136,14 +143,18 @@ impl Run {
         world.check_tree();
     }
 
-    /// Fills the volume, looks around, and makes room again. What fills it has no name, and the
-    /// model does not know it.
+    /// Fills the volume for some steps. What fills it has no name, and the model does not know it.
     fn fill(&mut self, nth: u64) {
+        const STEPS: u64 = 40;
         const PIECE: u64 = 16 << 20;
+        if self.filler.is_some() {
+            return;
+        }
         let world = &mut self.world;
         world.begin(nth);
         world.say(format_args!("fill the volume"));
-        let (attr, file) = match world.fs.tmpfile(ROOT_INO, 0o600, libc::O_RDWR, &CRED) {
+        let made = world.fs.tmpfile(ROOT_INO, 0o600, libc::O_RDWR, &CRED);
+        let (_, file) = match made {
             Ok(made) => made,
             // The root is immutable.
             Err(error) => return assert_eq!(error, Errno::PERM),
@@ -167,18 +178,21 @@ impl Run {
         };
         assert_eq!(error, Errno::NOSPC);
         world.is_crowded = true;
-        for _ in 0..30 {
-            world.operate();
-            world.compare();
+        self.filler = Some((file, nth + STEPS));
+    }
+
+    fn make_room(&mut self) {
+        if let Some((file, _)) = self.filler.take() {
+            self.world.fs.release(&file);
+            self.world.fs.forget(file.ino(), 1);
+            self.world.fs.sync().expect("sync");
+            self.world.is_crowded = false;
         }
-        world.is_crowded = false;
-        world.fs.release(&file);
-        world.fs.forget(attr.ino, 1);
-        world.fs.sync().expect("sync");
     }
 
     /// Compares all, deletes all, and looks at what is left.
     fn end(mut self) -> Sums {
+        self.make_room();
         self.world.begin(u64::MAX);
         self.world.say(format_args!("the end"));
         self.world.check_tree();

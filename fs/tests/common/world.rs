@@ -153,7 +153,10 @@ impl World {
 
     pub fn say(&mut self, what: std::fmt::Arguments<'_>) {
         self.is_said = true;
-        self.journal.add(format!("{}: {what}", self.model.now));
+        self.journal.add(match self.model.now {
+            u64::MAX => format!("{what}"),
+            now => format!("{now}: {what}"),
+        });
     }
 
     fn name(&mut self) -> Vec<u8> {

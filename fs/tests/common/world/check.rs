@@ -127,7 +127,14 @@ impl World {
             _ => *parent,
         };
         expected.insert(b"..".to_vec(), (parent, libc::DT_DIR));
-        same(&self.last(), &format!("names in {dir}"), &found, &expected);
+        let named = |list: BTreeMap<Vec<u8>, (Ino, u8)>| -> Vec<_> {
+            let text = |name: Vec<u8>| String::from_utf8_lossy(&name).into_owned();
+            list.into_iter()
+                .map(|(name, what)| (text(name), what))
+                .collect()
+        };
+        let what = format!("names in {dir}");
+        same(&self.last(), &what, &named(found), &named(expected));
     }
 
     pub(super) fn check_target(&mut self, ino: Ino) {
