@@ -2,7 +2,7 @@
 
 use braidfs::{
     Cred, Errno, FLAG_APPEND, FLAG_DIRSYNC, FLAG_IMMUTABLE, FLAG_NOATIME, FLAG_NODUMP, FLAG_NOTAIL,
-    FLAG_SYNC, Ino, SetAttr, SetTime, Timestamp,
+    FLAG_SYNC, Ino, ROOT_INO, SetAttr, SetTime, Timestamp,
 };
 
 use super::World;
@@ -136,6 +136,10 @@ impl World {
             // What this type does not have. Otherwise only what it does.
             0 if flags & !allowed != 0 => expected = Err(Errno::NOTSUP),
             _ => flags &= allowed,
+        }
+        if ino == ROOT_INO && !self.limits.wide {
+            // Whoever looks at it afterwards is to be able to make something there.
+            flags &= !LOCKS;
         }
         let changed = before ^ flags;
         match kind {
