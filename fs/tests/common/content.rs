@@ -4,6 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 pub const PAGE: u64 = 4096;
 
+/// Whether all of these bytes, at most a page of them, are zero.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    const ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
+    *bytes == ZEROS[..bytes.len()]
+}
+
 /// A page that is absent is a hole, or set aside, and reads as zeros.
 #[derive(Clone, Default)]
 pub struct Content {
@@ -108,19 +114,16 @@ impl Content {
 
     /// Pages that are not all zero.
     pub fn pages(&self) -> impl Iterator<Item = (u64, &[u8])> {
-        let filled = |page: &[u8]| page.iter().any(|&byte| byte != 0);
-        self.pages
-            .iter()
-            .map(|(&at, page)| (at, page.as_slice()))
-            .filter(move |(_, page)| filled(page))
+        let pages = self.pages.iter();
+        let pages = pages.map(|(&at, page)| (at, page.as_slice()));
+        pages.filter(|(_, page)| !is_zero(page))
     }
 
     pub fn is_zero(&self, from: u64, to: u64) -> bool {
         self.touched(from, to).into_iter().all(|at| {
             let (low, high) = (from.max(at * PAGE), to.min((at + 1) * PAGE));
-            self.pages[&at][(low - at * PAGE) as usize..(high - at * PAGE) as usize]
-                .iter()
-                .all(|&byte| byte == 0)
+            let page = &self.pages[&at];
+            is_zero(&page[(low - at * PAGE) as usize..(high - at * PAGE) as usize])
         })
     }
 

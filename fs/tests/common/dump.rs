@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use braidfs::{Errno, FileSystem, Ino, ROOT_INO};
 
-use super::content::PAGE;
+use super::content::{PAGE, is_zero};
 use super::model::{Body, Model};
 use super::try_read;
 
@@ -166,7 +166,7 @@ fn pages_of(fs: &Arc<FileSystem>, ino: Ino, size: u64) -> BTreeMap<u64, u32> {
         let mut bytes = try_read(fs, &file, at, STEP as usize, false).expect("read");
         bytes.resize(bytes.len().next_multiple_of(PAGE as usize), 0);
         for (nth, page) in bytes.chunks(PAGE as usize).enumerate() {
-            if page.iter().any(|&byte| byte != 0) {
+            if !is_zero(page) {
                 pages.insert(at / PAGE + nth as u64, crc32c::crc32c(page));
             }
         }
