@@ -242,10 +242,13 @@ impl FileSystem {
             return done(Err(Errno::ISDIR));
         }
         let size = attr.size;
+        if len > 0 {
+            // Also where there is nothing to be read.
+            self.touch_accessed(inode, &attr);
+        }
         if offset >= size || len == 0 {
             return done(Ok(ReadReply(Pages::Nothing)));
         }
-        self.touch_accessed(inode, &attr);
         let left = usize::try_from(size - offset).unwrap_or(usize::MAX);
         let len = len.min(left).min(IO_BYTES_MAX);
         let space = self.pages(inode);

@@ -18,10 +18,10 @@ use std::time::{Duration, Instant};
 
 use braidfs::{FileSystem, MountOptions, ROOT_INO};
 use braidfs_blockdev::SimDevice;
-use common::dump::dump;
-use common::model::{Dump, Rng};
+use common::dump::{Dump, dump};
 use common::record::{Event, LOSSES, Recorder, Replay};
-use common::world::{Done, Limits, World};
+use common::rng::Rng;
+use common::world::{Done, Journal, Limits, World};
 use common::*;
 
 fn number(name: &str) -> Option<u64> {
@@ -59,10 +59,13 @@ fn record(seed: u64, ops: u64) -> History {
         io: 100 << 10,
         total: 3 << 20,
         names: 6,
+        inodes: 150,
         wide: false,
         sync_every: 12,
+        compare: false,
     };
-    let mut world = World::new(fs, seed, limits);
+    let journal = Journal::new(false, std::env::var_os("TRACE").is_some());
+    let mut world = World::new(fs, seed, limits, &journal);
     let mut history = History {
         base,
         events: Vec::new(),
@@ -71,7 +74,7 @@ fn record(seed: u64, ops: u64) -> History {
     };
     recorder.mark(0);
     for now in 1..=ops {
-        let done = world.step();
+        let done = world.step(now);
         let former = history.durable.last().copied().unwrap_or(0);
         history.durable.push(match done {
             Done::Plain => former,

@@ -76,7 +76,7 @@ fn a_volume_full_of_small_files_is_full_and_nothing_worse() {
 /// too, while commits take those over.
 #[test]
 fn readers_writers_and_commits_do_not_block_each_other_where_room_is_short() {
-    let _dog = Watchdog::start(Duration::from_secs(60));
+    let _dog = Watchdog::start(Duration::from_secs(60), "a busy full volume".to_owned());
     let devices = devices(2, 40 << 20);
     format(&devices);
     let options = MountOptions {

@@ -1,36 +1,50 @@
 //! The core against a simple model of what a file system should do: random operations, no mount,
 //! simulated devices.
 //!
-//! `SEED=n` repeats one run, `OPS=n` sets its length, `TRACE=1` shows every operation.
+//! After each step all that it touched is compared: attributes with their times, bytes, names,
+//! extended attributes, holes; now and then, and at the end, everything. A run that fails is
+//! shrunk to the steps that it takes to fail, and they are printed.
+//!
+//! `SEED=n` repeats one run, `STEPS=3,17,240` only these steps of it, `OPS=n` sets the length of
+//! runs, `TRACE=1` shows every operation. `RUNS=n` sets the number of runs, `SECONDS=n` goes on for
+//! so long, `FIRST=n` starts from another seed.
 #![allow(missing_docs)]
 
 mod common;
 
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use braidfs::{Errno, FileSystem, MountOptions, ROOT_INO};
-use common::model::Rng;
+use braidfs::{AtimeMode, Errno, FileSystem, MountOptions, OpenFile, ROOT_INO};
+use braidfs_blockdev::SimDevice;
+use common::rng::Rng;
+use common::shrink::{Budget, Panic, catch, shrink};
 use common::watchdog::Watchdog;
-use common::world::{Limits, World};
+use common::world::{Journal, Limits, World};
 use common::*;
 
-const MIB: usize = 1 << 20;
+/// Together 100,000.
+const RUNS: u64 = 20;
+const OPS: u64 = 5000;
 
-fn number(name: &str) -> Option<u64> {
-    let value = std::env::var(name).ok()?;
-    Some(value.parse().expect("SEED and OPS are numbers"))
+/// Runs side by side. They also wait for devices' and commits' threads.
+const WORKERS: u64 = 3;
+
+/// In runs as short as this, each step has a time of its own: what it failed to set shows.
+const SHORT_STEPS: usize = 64;
+
+const SHRINK: Budget = Budget {
+    time: Duration::from_secs(120),
+    attempts: 2000,
+};
+
+fn text(name: &str) -> Option<String> {
+    std::env::var(name).ok()
 }
 
-/// Says which seed it was when a test fails.
-struct Seed(u64);
-
-impl Drop for Seed {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("it was SEED={}", self.0);
-        }
-    }
+fn number(name: &str) -> Option<u64> {
+    Some(text(name)?.parse().expect("a number"))
 }
 
 fn small_cache() -> MountOptions {
@@ -47,13 +61,169 @@ fn check_accounts(fs: &FileSystem) {
     assert_eq!(space.reserved_blocks, 0, "{space:?}");
 }
 
-fn remove_all(world: &mut World) {
-    for file in std::mem::take(&mut world.handles) {
-        world.fs.release(&file);
+/// A run under way.
+struct Run {
+    devices: Vec<Arc<SimDevice>>,
+    options: MountOptions,
+    world: World,
+    /// Free blocks of the empty volume.
+    free: u64,
+    /// What fills the volume, and the step that it goes in.
+    filler: Option<(Arc<OpenFile>, u64)>,
+}
+
+impl Run {
+    /// What does not change in a run depends on its seed alone.
+    fn start(seed: u64, journal: &Arc<Journal>) -> Self {
+        let mut rng = Rng(seed);
+        let devices = devices(1 + rng.below(3) as usize, 64 << 20);
+        let atimes = [
+            AtimeMode::Relatime,
+            AtimeMode::Strictatime,
+            AtimeMode::Noatime,
+        ];
+        let options = MountOptions {
+            atime: *rng.pick(&atimes),
+            nodiratime: rng.one_in(4),
+            ..small_cache()
+        };
+        let limits = Limits {
+            size: if rng.one_in(2) { 3 << 20 } else { 200 << 10 },
+            io: 1 << 20,
+            total: 24 << 20,
+            names: 3 + rng.below(8),
+            inodes: 120,
+            wide: true,
+            sync_every: 5 + rng.below(100),
+            compare: true,
+        };
+        format(&devices);
+        let fs = mount_with(&devices, options.clone());
+        let free = fs.statfs().bfree;
+        let world = World::new(fs, seed, limits, journal);
+        Self {
+            devices,
+            options,
+            world,
+            free,
+            filler: None,
+        }
     }
-    let fs = Arc::clone(&world.fs);
+
+    /// One step: an operation, or something that happens to the file system as a whole.
+    fn step(&mut self, seed: u64, nth: u64) {
+        let mut rng = Rng::of(!seed, nth);
+        if self.filler.as_ref().is_some_and(|(_, until)| nth >= *until) {
+            self.make_room();
+        }
+        match rng.below(2400) {
+            0..3 => self.remount(nth),
+            3..5 => self.fill(nth),
+            5..29 => {
+                self.world.begin(nth);
+                self.world.say(format_args!("look at everything"));
+                self.world.check_tree();
+            }
+            _ => {
+                self.world.step(nth);
+            }
+        }
+    }
+
+    fn remount(&mut self, nth: u64) {
+        self.make_room();
+        let world = &mut self.world;
+        world.begin(nth);
+        world.say(format_args!("unmount, check, mount"));
+        check_accounts(&world.fs);
+        world.unmount();
+        let report = check(&self.devices);
+        assert_eq!(report.orphans, 0);
+        assert_eq!(report.inodes, world.model.nodes.len() as u64);
+        world.go_on(mount_with(&self.devices, self.options.clone()));
+        world.check_tree();
+    }
+
+    /// Fills the volume for some steps. What fills it has no name, and the model does not know it.
+    fn fill(&mut self, nth: u64) {
+        const STEPS: u64 = 40;
+        const PIECE: u64 = 16 << 20;
+        if self.filler.is_some() {
+            return;
+        }
+        let world = &mut self.world;
+        world.begin(nth);
+        world.say(format_args!("fill the volume"));
+        let made = world.fs.tmpfile(ROOT_INO, 0o600, libc::O_RDWR, &CRED);
+        let (_, file) = match made {
+            Ok(made) => made,
+            // The root is immutable.
+            Err(error) => return assert_eq!(error, Errno::PERM),
+        };
+        let (mut size, mut piece) = (0, PIECE);
+        while piece >= common::content::PAGE {
+            match world.fs.fallocate(&file, 0, size, piece) {
+                Ok(()) => size += piece,
+                Err(error) => {
+                    assert_eq!(error, Errno::NOSPC);
+                    piece /= 2;
+                }
+            }
+        }
+        let bytes = world.rng.bytes(10_000);
+        let error = loop {
+            match try_write(&world.fs, &file, size, &bytes, false) {
+                Ok(count) => size += u64::from(count),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error, Errno::NOSPC);
+        world.is_crowded = true;
+        self.filler = Some((file, nth + STEPS));
+    }
+
+    fn make_room(&mut self) {
+        if let Some((file, _)) = self.filler.take() {
+            self.world.fs.release(&file);
+            self.world.fs.forget(file.ino(), 1);
+            self.world.fs.sync().expect("sync");
+            self.world.is_crowded = false;
+        }
+    }
+
+    /// Compares all, deletes all, and looks at what is left.
+    fn end(mut self) -> Sums {
+        self.make_room();
+        self.world.begin(u64::MAX);
+        self.world.say(format_args!("the end"));
+        self.world.check_tree();
+        let sums = Sums {
+            full: self.world.full,
+            refused: self.world.refused,
+        };
+        let devices = std::mem::take(&mut self.devices);
+        remove_all(&mut self.world);
+        assert_eq!(check(&devices).data_blocks, 0);
+        let fs = mount_with(&devices, small_cache());
+        let (left, free) = (fs.statfs().bfree, self.free);
+        // Metadata may have grown by a chunk or two.
+        assert!(
+            left + 4096 >= free && left <= free,
+            "{left} free, {free} at first"
+        );
+        fs.unmount().expect("unmount");
+        sums
+    }
+}
+
+fn remove_all(world: &mut World) {
+    for opened in std::mem::take(&mut world.handles) {
+        world.fs.release(&opened.file);
+    }
     fn clear(fs: &FileSystem, dir: u64) {
+        fs.set_flags(dir, 0, &ROOT).expect("chattr");
         for (name, ino) in common::dump::entries(fs, dir, 1000) {
+            fs.set_flags(ino, 0, &ROOT).expect("chattr");
             if fs.getattr(ino).expect("getattr").is_dir() {
                 clear(fs, ino);
                 fs.rmdir(dir, &name).expect("rmdir");
@@ -62,102 +232,166 @@ fn remove_all(world: &mut World) {
             }
         }
     }
-    clear(&fs, ROOT_INO);
-    fs.unmount().expect("unmount");
+    clear(&world.fs, ROOT_INO);
+    world.fs.unmount().expect("unmount");
 }
 
-/// Writes until the volume is full, looks around, and makes room again.
-fn fill(world: &mut World) {
-    let name = b"filler";
-    let Ok((attr, file)) = world.fs.create(ROOT_INO, name, 0o600, libc::O_RDWR, &CRED) else {
-        return;
-    };
-    let bytes = world.rng.bytes(MIB);
-    let mut size = 0;
-    let error = loop {
-        match try_write(&world.fs, &file, size, &bytes, world.rng.one_in(4)) {
-            Ok(count) => size += u64::from(count),
-            Err(error) => break error,
-        }
-    };
-    assert_eq!(error, Errno::NOSPC);
-    for _ in 0..60 {
-        // The model does not know the filler: listings of the root would show it.
-        world.model.now += 1;
-        world.write_or_remove();
-    }
-    world.fs.unlink(ROOT_INO, name).expect("unlink");
-    world.model.touch(ROOT_INO, true);
-    world.fs.release(&file);
-    world.fs.forget(attr.ino, 1);
+/// What became of a run.
+#[derive(Clone, Copy, Default)]
+struct Sums {
+    full: u64,
+    refused: u64,
 }
 
-fn run(seed: u64, ops: u64) -> u64 {
-    let said = Seed(seed);
-    let mut rng = Rng(seed);
-    let devices = devices(1 + rng.below(3) as usize, 64 << 20);
-    format(&devices);
-    let fs = mount_with(&devices, small_cache());
-    let free = fs.statfs().bfree;
-    let limits = Limits {
-        size: if rng.one_in(2) { 3 << 20 } else { 200 << 10 },
-        io: 1 << 20,
-        total: 24 << 20,
-        names: 3 + rng.below(8),
-        wide: true,
-        sync_every: 5 + rng.below(100),
+/// How a run failed.
+struct Failure {
+    /// In this step, `u64::MAX` for the end.
+    step: u64,
+    panic: Panic,
+}
+
+/// Runs these steps of a seed. `quiet`: a panic prints nothing.
+fn attempt(seed: u64, steps: &[u64], journal: &Arc<Journal>, quiet: bool) -> Result<Sums, Failure> {
+    const PATIENCE: Duration = Duration::from_secs(240);
+    let _dog = Watchdog::start(PATIENCE, format!("SEED={seed}"));
+    let at = AtomicU64::new(0);
+    let is_short = steps.len() <= SHORT_STEPS;
+    let ended = catch(quiet, || {
+        let mut run = Run::start(seed, journal);
+        for &nth in steps {
+            at.store(nth, Ordering::SeqCst);
+            if is_short {
+                next_tick();
+            }
+            run.step(seed, nth);
+        }
+        at.store(u64::MAX, Ordering::SeqCst);
+        run.end()
+    });
+    ended.map_err(|panic| Failure {
+        step: at.load(Ordering::SeqCst),
+        panic,
+    })
+}
+
+/// Runs a seed; a run that fails is shrunk and explained.
+fn run(seed: u64, ops: u64) -> Result<Sums, String> {
+    let show = text("TRACE").is_some();
+    let all: Vec<u64> = (1..=ops).collect();
+    let first = match attempt(seed, &all, &Journal::new(false, show), false) {
+        Ok(sums) => return Ok(sums),
+        Err(failure) => failure,
     };
-    let mut world = World::new(fs, seed, limits);
-    for nth in 1..=ops {
-        world.step();
-        if nth % 1500 == 700 {
-            fill(&mut world);
-        }
-        if nth % 400 == 0 {
-            world.check_tree();
-        }
-        if nth % 800 == 0 {
-            check_accounts(&world.fs);
-            world.unmount();
-            let report = check(&devices);
-            assert_eq!(report.orphans, 0);
-            assert_eq!(report.inodes, world.model.nodes.len() as u64);
-            world.go_on(mount_with(&devices, small_cache()));
-            world.check_tree();
-        }
-    }
-    let full = world.full;
-    remove_all(&mut world);
-    assert_eq!(check(&devices).data_blocks, 0);
-    let fs = mount_with(&devices, small_cache());
-    let left = fs.statfs().bfree;
-    // Metadata may have grown by a chunk or two.
-    assert!(
-        left + 4096 >= free && left <= free,
-        "{left} free, {free} at first"
-    );
-    fs.unmount().expect("unmount");
-    drop(said);
-    full
+    eprintln!("SEED={seed} failed; looking for the steps that it takes");
+    let began = Instant::now();
+    let silent = Journal::new(false, false);
+    // What fails elsewhere is another failure.
+    let mut fails = |steps: &[u64]| {
+        let failure = attempt(seed, steps, &silent, true).err()?;
+        (failure.panic.place == first.panic.place).then_some(failure.step)
+    };
+    let steps = all.into_iter().filter(|&nth| nth <= first.step).collect();
+    let (least, attempts) = shrink(steps, SHRINK, &mut fails);
+    let journal = Journal::new(true, false);
+    let again = attempt(seed, &least, &journal, true).err();
+    let again = again.map_or("this time it did not".to_owned(), |f| f.panic.message);
+    let list: Vec<String> = least.iter().map(u64::to_string).collect();
+    Err(format!(
+        "SEED={seed} failed in step {} of {ops}:\n{}\n\n\
+         After {attempts} attempts ({:.0?}), {} steps fail:\n{again}\n    {}\n\n\
+         Repeat with:\n    SEED={seed} STEPS={} cargo test -p braidfs --test model \
+         random_operations\n",
+        first.step,
+        first.panic.message,
+        began.elapsed(),
+        least.len(),
+        journal.lines().join("\n    "),
+        list.join(",")
+    ))
+}
+
+/// The steps named by `STEPS`: numbers with commas.
+fn steps_asked() -> Option<Vec<u64>> {
+    let text = text("STEPS")?;
+    let steps = text.split(',').filter(|word| !word.trim().is_empty());
+    let number = |word: &str| word.trim().parse().expect("STEPS are numbers");
+    Some(steps.map(number).collect())
 }
 
 #[test]
 fn random_operations_agree_with_the_model() {
-    if let Some(seed) = number("SEED") {
-        run(seed, number("OPS").unwrap_or(3000));
+    let ops = number("OPS").unwrap_or(OPS);
+    if let (Some(seed), Some(steps)) = (number("SEED"), steps_asked()) {
+        let journal = Journal::new(true, text("TRACE").is_some());
+        if let Err(failure) = attempt(seed, &steps, &journal, false) {
+            panic!("{}\n{}", journal.lines().join("\n"), failure.panic.message);
+        }
         return;
     }
     let began = Instant::now();
-    let first = number("FIRST").unwrap_or(1);
-    let (mut runs, mut full) = (0, 0);
-    while runs < 8 || number("SECONDS").is_some_and(|s| began.elapsed() < Duration::from_secs(s)) {
-        full += run(first + runs, number("OPS").unwrap_or(3000));
-        runs += 1;
-    }
+    let limit = number("SECONDS").map(Duration::from_secs);
+    let (first, runs) = match number("SEED") {
+        Some(seed) => (seed, 1),
+        None => (number("FIRST").unwrap_or(1), number("RUNS").unwrap_or(RUNS)),
+    };
+    let next = AtomicU64::new(0);
+    let [full, refused] = [AtomicU64::new(0), AtomicU64::new(0)];
+    let (stop, failed) = (AtomicBool::new(false), Mutex::new(Vec::new()));
+    let worker = || {
+        while !stop.load(Ordering::SeqCst) {
+            let nth = next.fetch_add(1, Ordering::SeqCst);
+            if nth >= runs && limit.is_none_or(|limit| began.elapsed() > limit) {
+                return;
+            }
+            match run(first + nth, ops) {
+                Ok(sums) => {
+                    full.fetch_add(sums.full, Ordering::SeqCst);
+                    refused.fetch_add(sums.refused, Ordering::SeqCst);
+                }
+                Err(report) => {
+                    stop.store(true, Ordering::SeqCst);
+                    failed.lock().expect("nobody panics with it").push(report);
+                }
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..WORKERS {
+            scope.spawn(worker);
+        }
+    });
+    let failed = failed.into_inner().expect("nobody panics with it");
+    assert!(failed.is_empty(), "\n{}", failed.join("\n"));
     println!(
-        "{runs} runs, {full} operations found the volume full, {:?}",
+        "{} runs of {ops} operations, {} were refused, {} found the volume full, {:?}",
+        next.into_inner().saturating_sub(WORKERS).max(runs),
+        refused.into_inner(),
+        full.into_inner(),
         began.elapsed()
     );
+}
+
+#[test]
+fn shrinking_finds_what_it_takes_to_fail() {
+    let needed = [3, 17, 240];
+    let fails = |steps: &[u64]| {
+        let all = needed.iter().all(|step| steps.contains(step));
+        all.then_some(240)
+    };
+    let steps: Vec<u64> = (1..=1000).collect();
+    let (least, attempts) = shrink(steps.clone(), SHRINK, &mut |steps| fails(steps));
+    assert_eq!(least, needed);
+    assert!(attempts < 200, "{attempts}");
+    let none = Budget {
+        attempts: 0,
+        ..SHRINK
+    };
+    assert_eq!(
+        shrink(steps.clone(), none, &mut |steps| fails(steps)).0,
+        steps
+    );
+    // A run that fails without any step has none left.
+    assert!(shrink(steps, SHRINK, &mut |_| Some(u64::MAX)).0.is_empty());
 }
 
 /// One thread of many: its own files in directories that all share, and some of everybody's.
@@ -271,7 +505,7 @@ fn read_all(fs: &FileSystem, file: &Arc<braidfs::OpenFile>, len: usize, direct: 
 #[test]
 fn many_threads_and_commits_leave_each_with_its_own_files() {
     let seconds = number("SECONDS").unwrap_or(4);
-    let _dog = Watchdog::start(Duration::from_secs(seconds + 60));
+    let _dog = Watchdog::start(Duration::from_secs(seconds + 60), "many threads".into());
     let devices = devices(3, 128 << 20);
     format(&devices);
     let fs = mount_with(&devices, small_cache());

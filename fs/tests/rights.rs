@@ -499,6 +499,26 @@ fn access_times_wait_for_a_commit_and_are_not_lost() {
     check(&devices);
 }
 
+#[test]
+fn reading_at_the_end_of_a_file_is_an_access() {
+    let devices = devices(1, 64 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let file = create(&fs, ROOT_INO, "file");
+    let inos = [file.ino()];
+    for size in [0, 5] {
+        write(&fs, &file, 0, &vec![1; size]);
+        let before = times(&fs, &inos);
+        next_tick();
+        assert_eq!(try_read(&fs, &file, 9, 0, false), Ok(Vec::new()));
+        assert_eq!(times(&fs, &inos), before, "no byte was asked for");
+        assert_eq!(try_read(&fs, &file, 9, 1, false), Ok(Vec::new()));
+        assert!(times(&fs, &inos) > before, "{size}");
+    }
+    fs.unmount().expect("unmount");
+    check(&devices);
+}
+
 fn times(fs: &FileSystem, inos: &[Ino]) -> Vec<Timestamp> {
     let atime = |&ino: &Ino| fs.getattr(ino).expect("getattr").atime;
     inos.iter().map(atime).collect()

@@ -1,9 +1,13 @@
 //! A file system on simulated devices, driven without a mount.
 #![allow(dead_code, missing_docs, reason = "each test file uses a part of it")]
 
+pub mod acl;
+pub mod content;
 pub mod dump;
 pub mod model;
 pub mod record;
+pub mod rng;
+pub mod shrink;
 pub mod watchdog;
 pub mod world;
 
@@ -11,13 +15,24 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
-use braidfs::{Cred, Errno, FileSystem, Ino, MountOptions, OpenFile, ROOT_INO, WriteFlags};
+use braidfs::{
+    Cred, Errno, FileSystem, Ino, MountOptions, OpenFile, ROOT_INO, Timestamp, WriteFlags,
+};
 use braidfs_blockdev::{BlockDevice, FormatOptions, SimDevice, Volume};
 
 pub const CRED: Cred = Cred {
     uid: 1000,
     gid: 1000,
     umask: 0o022,
+    pid: 1,
+    capable_immutable: true,
+};
+
+/// Who may change any flag.
+pub const ROOT: Cred = Cred {
+    uid: 0,
+    gid: 0,
+    umask: 0,
     pid: 1,
     capable_immutable: true,
 };
@@ -115,7 +130,10 @@ pub fn create(fs: &FileSystem, parent: Ino, name: &str) -> Arc<OpenFile> {
 /// Waits until files get another time than before: the clock that stamps them has a step of one
 /// tick of the kernel, 10 ms at the most.
 pub fn next_tick() {
-    std::thread::sleep(Duration::from_millis(11));
+    let before = Timestamp::now();
+    while Timestamp::now() == before {
+        std::thread::sleep(Duration::from_micros(500));
+    }
 }
 
 pub fn open(fs: &FileSystem, name: &str) -> Arc<OpenFile> {
@@ -130,9 +148,20 @@ pub fn try_write(
     data: &[u8],
     direct: bool,
 ) -> Result<u32, Errno> {
+    try_write_as(fs, file, offset, data, direct, WriteFlags::default())
+}
+
+pub fn try_write_as(
+    fs: &FileSystem,
+    file: &Arc<OpenFile>,
+    offset: u64,
+    data: &[u8],
+    direct: bool,
+    flags: WriteFlags,
+) -> Result<u32, Errno> {
     let (sender, receiver) = sync_channel(1);
     let done = Box::new(move |result| sender.send(result).expect("the test waits"));
-    fs.write(file, offset, data, direct, WriteFlags::default(), done);
+    fs.write(file, offset, data, direct, flags, done);
     receiver.recv_timeout(PATIENCE).expect("the write ends")
 }
 

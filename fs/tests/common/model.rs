@@ -1,137 +1,38 @@
-//! What a POSIX file system should do, in memory and as simply as possible.
+//! What a POSIX file system should do, in memory and as simply as possible. Where POSIX is silent
+//! it does what ext4 does.
+//!
+//! Every inode that an operation looks at or changes is noted, and so is every range of bytes that
+//! it changes: these are compared afterwards.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use braidfs::{Cred, Errno, FILE_SIZE_MAX, Ino, ROOT_INO, Timestamp};
+use braidfs::{
+    AtimeMode, Cred, Errno, FILE_SIZE_MAX, FLAG_APPEND, FLAG_DIRSYNC, FLAG_IMMUTABLE, FLAG_NOATIME,
+    FLAG_NODUMP, FLAG_NOTAIL, FLAG_SYNC, FLAGS_KNOWN, Ino, ROOT_INO, Timestamp,
+};
 
-pub const PAGE: u64 = 4096;
+use super::acl::{self, List};
+use super::content::Content;
 
-/// A small seeded generator.
-#[derive(Clone)]
-pub struct Rng(pub u64);
+/// What every write takes away.
+pub const CAPABILITY: &[u8] = b"security.capability";
 
-impl Rng {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
+/// Flags that keep an inode from being changed.
+pub const LOCKS: u32 = FLAG_IMMUTABLE | FLAG_APPEND;
 
-    pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound.max(1)
-    }
+const INHERITED: u32 = FLAG_SYNC | FLAG_NODUMP | FLAG_NOATIME | FLAG_NOTAIL | FLAG_DIRSYNC;
 
-    /// True in one of `n` cases.
-    pub fn one_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
+const DAY_SECS: i64 = 24 * 60 * 60;
 
-    pub fn pick<'a, T>(&mut self, from: &'a [T]) -> &'a T {
-        &from[self.below(from.len() as u64) as usize]
-    }
-
-    /// Bytes, none of them zero, so that a lost byte shows.
-    pub fn bytes(&mut self, len: usize) -> Vec<u8> {
-        let mut out = Vec::with_capacity(len + 8);
-        while out.len() < len {
-            let word = self.next() | 0x0101_0101_0101_0101;
-            out.extend_from_slice(&word.to_le_bytes());
-        }
-        out.truncate(len);
-        out
-    }
-}
-
-/// The bytes of a file. A page that is absent is zero.
-#[derive(Clone, Default)]
-pub struct Content {
-    pub size: u64,
-    pages: BTreeMap<u64, Vec<u8>>,
-}
-
-impl Content {
-    fn each_part(offset: u64, len: u64, mut each: impl FnMut(u64, usize, usize, usize)) {
-        let mut at = 0;
-        while at < len {
-            let within = (offset + at) % PAGE;
-            let part = (PAGE - within).min(len - at);
-            each(
-                (offset + at) / PAGE,
-                within as usize,
-                at as usize,
-                part as usize,
-            );
-            at += part;
-        }
-    }
-
-    pub fn write(&mut self, offset: u64, data: &[u8]) {
-        Self::each_part(offset, data.len() as u64, |page, within, at, len| {
-            let page = self.pages.entry(page);
-            let page = page.or_insert_with(|| vec![0; PAGE as usize]);
-            page[within..within + len].copy_from_slice(&data[at..at + len]);
-        });
-        if !data.is_empty() {
-            self.size = self.size.max(offset + data.len() as u64);
-        }
-    }
-
-    pub fn zero(&mut self, from: u64, to: u64) {
-        let (first, last) = (from / PAGE, to.div_ceil(PAGE));
-        let touched: Vec<u64> = self.pages.range(first..last).map(|(&at, _)| at).collect();
-        for at in touched {
-            let (low, high) = (from.max(at * PAGE), to.min((at + 1) * PAGE));
-            if high - low == PAGE {
-                self.pages.remove(&at);
-            } else if let Some(page) = self.pages.get_mut(&at) {
-                page[(low - at * PAGE) as usize..(high - at * PAGE) as usize].fill(0);
-            }
-        }
-    }
-
-    pub fn truncate(&mut self, size: u64) {
-        if size < self.size {
-            let end = self.size.next_multiple_of(PAGE);
-            self.zero(size, end);
-        }
-        self.size = size;
-    }
-
-    pub fn read(&self, offset: u64, len: usize) -> Vec<u8> {
-        let len = (len as u64).min(self.size.saturating_sub(offset));
-        let mut out = vec![0; len as usize];
-        Self::each_part(offset, len, |page, within, at, len| {
-            if let Some(page) = self.pages.get(&page) {
-                out[at..at + len].copy_from_slice(&page[within..within + len]);
-            }
-        });
-        out
-    }
-
-    /// Pages that are not all zero.
-    pub fn pages(&self) -> impl Iterator<Item = (u64, &[u8])> {
-        let filled = |page: &[u8]| page.iter().any(|&byte| byte != 0);
-        self.pages
-            .iter()
-            .map(|(&at, page)| (at, page.as_slice()))
-            .filter(move |(_, page)| filled(page))
-    }
-
-    pub fn is_zero(&self, from: u64, to: u64) -> bool {
-        let mut copy = self.pages.range(from / PAGE..to.div_ceil(PAGE));
-        copy.all(|(&at, page)| {
-            let (low, high) = (from.max(at * PAGE), to.min((at + 1) * PAGE));
-            page[(low - at * PAGE) as usize..(high - at * PAGE) as usize]
-                .iter()
-                .all(|&byte| byte == 0)
-        })
-    }
-
-    pub fn bytes_kept(&self) -> u64 {
-        self.pages.len() as u64 * PAGE
-    }
+/// What is known of one time of an inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stamp {
+    Unknown,
+    At(Timestamp),
+    /// The step under way set it to the current time.
+    Set,
+    /// The step under way may have done so.
+    Maybe(Timestamp),
 }
 
 #[derive(Clone)]
@@ -147,16 +48,24 @@ pub enum Body {
 
 #[derive(Clone)]
 pub struct Node {
+    /// Names the inode by the step that made it: the same whatever other steps there are.
+    pub label: u64,
     pub mode: u32,
     pub uid: u32,
     pub gid: u32,
     pub nlink: u32,
     pub rdev: u32,
-    pub mtime: Option<Timestamp>,
+    pub flags: u32,
+    pub atime: Stamp,
+    pub mtime: Stamp,
+    pub ctime: Stamp,
+    pub btime: Stamp,
     pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
     pub body: Body,
     pub opens: u32,
     pub lookups: u64,
+    /// Has no name and may get its first one.
+    pub linkable: bool,
     /// The last operation that changed it.
     pub changed: u64,
 }
@@ -172,6 +81,32 @@ impl Node {
             _ => None,
         }
     }
+
+    /// `PERM` if one of these flags is set.
+    pub fn check_flags(&self, flags: u32) -> Result<(), Errno> {
+        if self.flags & flags == 0 {
+            Ok(())
+        } else {
+            Err(Errno::PERM)
+        }
+    }
+
+    /// The flags that an inode of its type may have.
+    pub fn flags_allowed(&self) -> u32 {
+        match &self.body {
+            Body::Dir { .. } => FLAGS_KNOWN,
+            Body::File(_) => FLAGS_KNOWN & !FLAG_DIRSYNC,
+            _ => FLAG_NODUMP | FLAG_NOATIME,
+        }
+    }
+
+    /// What a write by somebody without the privilege to keep them does to set-id bits.
+    pub fn kill_set_ids(&mut self) {
+        self.mode &= !libc::S_ISUID;
+        if self.mode & libc::S_IXGRP != 0 {
+            self.mode &= !libc::S_ISGID;
+        }
+    }
 }
 
 #[derive(Clone)]
@@ -179,6 +114,12 @@ pub struct Model {
     pub nodes: BTreeMap<Ino, Node>,
     /// Number of the operation under way.
     pub now: u64,
+    births: u64,
+    pub atime: AtimeMode,
+    pub nodiratime: bool,
+    /// What is to be compared after the step.
+    pub touched: BTreeSet<Ino>,
+    pub ranges: Vec<(Ino, u64, u64)>,
 }
 
 /// What `Model::can_rename` found.
@@ -198,15 +139,20 @@ fn check_new(name: &[u8]) -> Result<(), Errno> {
 }
 
 impl Model {
-    pub fn new(root: &braidfs::Attr) -> Self {
+    pub fn new(root: &braidfs::Attr, atime: AtimeMode, nodiratime: bool) -> Self {
         let entries = BTreeMap::new();
         let root = Node {
+            label: 0,
             mode: root.mode,
             uid: root.uid,
             gid: root.gid,
             nlink: 2,
             rdev: 0,
-            mtime: None,
+            flags: 0,
+            atime: Stamp::At(root.atime),
+            mtime: Stamp::At(root.mtime),
+            ctime: Stamp::At(root.ctime),
+            btime: Stamp::At(root.btime),
             xattrs: BTreeMap::new(),
             body: Body::Dir {
                 entries,
@@ -214,15 +160,35 @@ impl Model {
             },
             opens: 0,
             lookups: 1,
+            linkable: false,
             changed: 0,
         };
         Self {
             nodes: BTreeMap::from([(ROOT_INO, root)]),
             now: 0,
+            births: 0,
+            atime,
+            nodiratime,
+            touched: BTreeSet::new(),
+            ranges: Vec::new(),
         }
     }
 
+    /// A step begins.
+    pub fn begin(&mut self, now: u64) {
+        (self.now, self.births) = (now, 0);
+        self.touched.clear();
+        self.ranges.clear();
+    }
+
+    /// A name for what this step makes.
+    pub fn label(&mut self) -> u64 {
+        self.births += 1;
+        self.now << 8 | self.births
+    }
+
     pub fn node(&mut self, ino: Ino) -> &mut Node {
+        self.touched.insert(ino);
         self.nodes.get_mut(&ino).expect("the model knows the inode")
     }
 
@@ -234,8 +200,42 @@ impl Model {
         let now = self.now;
         let node = self.node(ino);
         node.changed = now;
+        node.ctime = Stamp::Set;
         if modified {
-            node.mtime = None;
+            node.mtime = Stamp::Set;
+        }
+    }
+
+    /// Something was read: the access time follows the mount's options.
+    pub fn accessed(&mut self, ino: Ino) {
+        let (mode, nodiratime) = (self.atime, self.nodiratime);
+        let node = self.node(ino);
+        let never = mode == AtimeMode::Noatime || node.flags & FLAG_NOATIME != 0;
+        if never || nodiratime && node.is_dir() {
+            return;
+        }
+        node.atime = match (node.atime, node.mtime, node.ctime) {
+            (Stamp::At(atime), Stamp::At(mtime), Stamp::At(ctime)) => {
+                let age = Timestamp::now().secs.saturating_sub(atime.secs);
+                let stale = atime <= mtime || atime <= ctime || age >= DAY_SECS;
+                if stale || mode == AtimeMode::Strictatime {
+                    Stamp::Set
+                } else {
+                    return;
+                }
+            }
+            _ => Stamp::Unknown,
+        };
+    }
+
+    /// Bytes of a file changed, by somebody who may keep set-id bits or not.
+    pub fn note_bytes(&mut self, ino: Ino, from: u64, to: u64, kill: bool) {
+        self.ranges.push((ino, from, to));
+        self.touch(ino, true);
+        let node = self.node(ino);
+        node.xattrs.remove(CAPABILITY);
+        if kill {
+            node.kill_set_ids();
         }
     }
 
@@ -256,37 +256,82 @@ impl Model {
         if self.node(dir).nlink == 0 {
             return Err(Errno::NOENT);
         }
-        found.map_or(Ok(()), |_| Err(Errno::EXIST))
+        found.map_or(Ok(()), |_| Err(Errno::EXIST))?;
+        self.node(dir).check_flags(FLAG_IMMUTABLE)
     }
 
-    /// The file system made `ino` there.
-    pub fn make(&mut self, dir: Ino, name: &[u8], ino: Ino, mode: u32, body: Body, cred: &Cred) {
-        let (parent_mode, parent_gid) = (self.node(dir).mode, self.node(dir).gid);
-        let inherits = parent_mode & libc::S_ISGID != 0;
+    pub fn can_make_unnamed(&mut self, dir: Ino) -> Result<(), Errno> {
+        self.entries(dir)?;
+        let node = self.node(dir);
+        if node.nlink == 0 {
+            return Err(Errno::NOENT);
+        }
+        node.check_flags(FLAG_IMMUTABLE)
+    }
+
+    /// The file system made `ino` for this directory.
+    fn add_node(&mut self, dir: Ino, ino: Ino, mode: u32, body: Body, cred: &Cred) {
+        let (label, changed) = (self.label(), self.now);
+        let parent = self.node(dir);
+        let (gid, parent_flags) = (parent.gid, parent.flags);
+        let inherits = parent.mode & libc::S_ISGID != 0;
+        let default = parent.xattrs.get(acl::DEFAULT).cloned();
         let is_dir = matches!(body, Body::Dir { .. });
         let mut mode = mode;
-        if !matches!(body, Body::Link(_)) {
-            mode &= !cred.umask;
-        }
+        let mut xattrs = BTreeMap::new();
         if inherits && is_dir {
             mode |= libc::S_ISGID;
         }
-        let node = Node {
+        match default {
+            _ if matches!(body, Body::Link(_)) => {}
+            Some(value) => {
+                let mut list = List::decode(&value);
+                list.limit_to(mode);
+                mode = mode & !0o777 | list.bits();
+                if list.is_extended() {
+                    xattrs.insert(acl::ACCESS.to_vec(), list.encode());
+                }
+                if is_dir {
+                    xattrs.insert(acl::DEFAULT.to_vec(), value);
+                }
+            }
+            None => mode &= !cred.umask,
+        }
+        let mut node = Node {
+            label,
             mode,
             uid: cred.uid,
-            gid: if inherits { parent_gid } else { cred.gid },
+            gid: if inherits { gid } else { cred.gid },
             nlink: if is_dir { 2 } else { 1 },
             rdev: 0,
-            mtime: None,
-            xattrs: BTreeMap::new(),
+            flags: 0,
+            atime: Stamp::Set,
+            mtime: Stamp::Set,
+            ctime: Stamp::Set,
+            btime: Stamp::Set,
+            xattrs,
             body,
             opens: 0,
             lookups: 1,
-            changed: self.now,
+            linkable: false,
+            changed,
         };
+        node.flags = parent_flags & INHERITED & node.flags_allowed();
         let former = self.nodes.insert(ino, node);
         assert!(former.is_none(), "inode number {ino} was used before");
+        self.touched.insert(ino);
+    }
+
+    pub fn make(&mut self, dir: Ino, name: &[u8], ino: Ino, mode: u32, body: Body, cred: &Cred) {
+        self.add_node(dir, ino, mode, body, cred);
         self.add_entry(dir, name, ino);
+    }
+
+    /// The file system made a file without a name.
+    pub fn make_unnamed(&mut self, dir: Ino, ino: Ino, mode: u32, linkable: bool, cred: &Cred) {
+        self.add_node(dir, ino, mode, Body::File(Content::default()), cred);
+        let node = self.node(ino);
+        (node.nlink, node.opens, node.linkable) = (0, 1, linkable);
     }
 
     fn add_entry(&mut self, dir: Ino, name: &[u8], ino: Ino) {
@@ -312,20 +357,32 @@ impl Model {
     pub fn can_link(&mut self, ino: Ino, dir: Ino, name: &[u8]) -> Result<(), Errno> {
         check_new(name)?;
         let found = self.find(dir, name)?;
-        if self.node(ino).is_dir() {
+        let node = self.node(ino);
+        if node.is_dir() {
             return Err(Errno::PERM);
         }
-        if self.node(ino).nlink == 0 || self.node(dir).nlink == 0 {
+        let gone = node.nlink == 0 && !node.linkable;
+        if gone || self.node(dir).nlink == 0 {
             return Err(Errno::NOENT);
         }
-        found.map_or(Ok(()), |_| Err(Errno::EXIST))
+        found.map_or(Ok(()), |_| Err(Errno::EXIST))?;
+        self.node(dir).check_flags(FLAG_IMMUTABLE)?;
+        self.node(ino).check_flags(LOCKS)
     }
 
     pub fn link(&mut self, ino: Ino, dir: Ino, name: &[u8]) {
         self.add_entry(dir, name, ino);
-        self.node(ino).nlink += 1;
-        self.node(ino).lookups += 1;
+        let node = self.node(ino);
+        node.nlink += 1;
+        node.lookups += 1;
+        node.linkable = false;
         self.touch(ino, false);
+    }
+
+    /// May this entry be taken out?
+    fn check_removal(&mut self, dir: Ino, ino: Ino) -> Result<(), Errno> {
+        self.node(dir).check_flags(LOCKS)?;
+        self.node(ino).check_flags(LOCKS)
     }
 
     /// Removes one name; `as_dir` for rmdir.
@@ -334,6 +391,7 @@ impl Model {
             return Err(Errno::NAMETOOLONG);
         }
         let ino = self.find(dir, name)?.ok_or(Errno::NOENT)?;
+        self.check_removal(dir, ino)?;
         match (&self.node(ino).body, as_dir) {
             (Body::Dir { .. }, false) => return Err(Errno::ISDIR),
             (Body::Dir { entries, .. }, true) if !entries.is_empty() => {
@@ -366,7 +424,7 @@ impl Model {
     fn is_above(&mut self, above: Ino, dir: Ino) -> bool {
         let mut at = dir;
         while at != ROOT_INO && at != above {
-            at = match &self.node(at).body {
+            at = match &self.nodes[&at].body {
                 Body::Dir { parent, .. } => *parent,
                 _ => unreachable!("parents are directories"),
             };
@@ -397,26 +455,29 @@ impl Model {
         }
         let plan = RenamePlan { source, target };
         let Some(target) = target else {
-            return if exchange {
-                Err(Errno::NOENT)
-            } else {
-                Ok(plan)
-            };
+            if exchange {
+                return Err(Errno::NOENT);
+            }
+            self.check_removal(from.0, source)?;
+            self.node(to.0).check_flags(FLAG_IMMUTABLE)?;
+            return Ok(plan);
         };
         if flags & libc::RENAME_NOREPLACE != 0 {
             return Err(Errno::EXIST);
         }
+        if exchange && self.node(target).is_dir() && self.is_above(target, from.0) {
+            return Err(Errno::INVAL);
+        }
         if target == source {
             return Ok(plan);
         }
+        self.check_removal(from.0, source)?;
+        self.check_removal(to.0, target)?;
         let empty = match &self.node(target).body {
             Body::Dir { entries, .. } => Some(entries.is_empty()),
             _ => None,
         };
         match (source_is_dir, empty) {
-            _ if exchange && empty.is_some() && self.is_above(target, from.0) => {
-                return Err(Errno::INVAL);
-            }
             _ if exchange => {}
             (true, None) => return Err(Errno::NOTDIR),
             (false, Some(_)) => return Err(Errno::ISDIR),
@@ -453,7 +514,9 @@ impl Model {
     }
 
     pub fn can_resize(&mut self, ino: Ino, size: u64) -> Result<(), Errno> {
-        match &self.node(ino).body {
+        let node = self.node(ino);
+        node.check_flags(LOCKS)?;
+        match &node.body {
             Body::Dir { .. } => Err(Errno::ISDIR),
             Body::File(_) if size > FILE_SIZE_MAX => Err(Errno::FBIG),
             Body::File(_) => Ok(()),
@@ -469,81 +532,11 @@ impl Model {
         }
     }
 
-    pub fn bytes_kept(&self) -> u64 {
+    pub fn blocks(&self) -> u64 {
         let files = self.nodes.values().map(|node| match &node.body {
-            Body::File(content) => content.bytes_kept(),
+            Body::File(content) => content.blocks(),
             _ => 0,
         });
         files.sum()
-    }
-
-    pub fn dump(&self) -> Dump {
-        let named = self.nodes.iter().filter(|(_, node)| node.nlink > 0);
-        let nodes = named.map(|(&ino, node)| {
-            let mut dumped = DumpNode {
-                attr: [node.mode, node.nlink, node.uid, node.gid, node.rdev],
-                xattrs: node.xattrs.clone(),
-                ..DumpNode::default()
-            };
-            match &node.body {
-                Body::Dir { entries, .. } => dumped.entries = entries.clone(),
-                Body::File(content) => {
-                    dumped.size = content.size;
-                    dumped.pages = content
-                        .pages()
-                        .map(|(at, page)| (at, crc32c::crc32c(page)))
-                        .collect();
-                }
-                Body::Link(target) => dumped.target = target.clone(),
-                Body::Special => {}
-            }
-            (ino, dumped)
-        });
-        Dump(nodes.collect())
-    }
-}
-
-/// Everything that can be seen of an inode, to be compared. Pages by their checksum.
-#[derive(Clone, Default, PartialEq, Eq, Debug)]
-pub struct DumpNode {
-    pub attr: [u32; 5],
-    pub size: u64,
-    pub pages: BTreeMap<u64, u32>,
-    pub target: Vec<u8>,
-    pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
-    pub entries: BTreeMap<Vec<u8>, Ino>,
-}
-
-/// A whole tree.
-#[derive(Clone, Default, PartialEq, Eq, Debug)]
-pub struct Dump(pub BTreeMap<Ino, DumpNode>);
-
-impl Dump {
-    /// The first few differences, for people.
-    pub fn differences(&self, other: &Dump) -> Vec<String> {
-        let mut all: Vec<Ino> = self.0.keys().chain(other.0.keys()).copied().collect();
-        all.sort_unstable();
-        all.dedup();
-        let mut found = Vec::new();
-        for ino in all {
-            match (self.0.get(&ino), other.0.get(&ino)) {
-                (Some(_), None) => found.push(format!("inode {ino} is missing")),
-                (None, Some(_)) => found.push(format!("inode {ino} should not be there")),
-                (Some(one), Some(two)) if one != two => {
-                    let mut one = one.clone();
-                    let mut two = two.clone();
-                    let common = |at: &u64, crc: &u32, pages: &BTreeMap<u64, u32>| {
-                        pages.get(at) != Some(crc)
-                    };
-                    let kept = one.pages.clone();
-                    one.pages.retain(|at, crc| common(at, crc, &two.pages));
-                    two.pages.retain(|at, crc| common(at, crc, &kept));
-                    found.push(format!("inode {ino}: expected {one:?}, found {two:?}"));
-                }
-                _ => {}
-            }
-        }
-        found.truncate(6);
-        found
     }
 }

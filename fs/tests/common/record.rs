@@ -12,7 +12,8 @@ use braidfs_blockdev::device::sim::{SECTOR, SimPower};
 use braidfs_blockdev::{BlockDevice, DeviceRequest, Op, SimDevice};
 use parking_lot::ReentrantMutex;
 
-use super::model::Rng;
+use super::content::is_zero;
+use super::rng::Rng;
 
 const PAGE: usize = 4096;
 
@@ -167,7 +168,7 @@ impl Replay {
         let image = |device: &Arc<SimDevice>| {
             let image = device.image();
             let pages = image.chunks(PAGE).enumerate();
-            let filled = pages.filter(|(_, page)| page.iter().any(|&byte| byte != 0));
+            let filled = pages.filter(|(_, page)| !is_zero(page));
             let durable = filled.map(|(at, page)| (at, page.into())).collect();
             DeviceState {
                 durable,

@@ -9,12 +9,12 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    pub fn start(limit: Duration) -> Self {
+    pub fn start(limit: Duration, what: String) -> Self {
         let (sender, receiver) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
             use std::sync::mpsc::RecvTimeoutError;
             if receiver.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
-                eprintln!("nothing has ended for {limit:?}: a deadlock");
+                eprintln!("{what} has not ended for {limit:?}: a deadlock");
                 std::process::abort();
             }
         });
