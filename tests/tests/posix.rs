@@ -38,7 +38,7 @@ fn in_both_modes(env: &Env, script: &str) {
 }
 
 fn flags(env: &Env) -> Outcome {
-    env.need_tools(&["chattr", "lsattr"])?;
+    env.need_tools(&["chattr", "lsattr", "xfs_io"])?;
     let script = "
         echo one >f; mkdir d; echo x >d/x
         chattr +i f; lsattr f | grep -q -- ----i
@@ -51,6 +51,10 @@ fn flags(env: &Env) -> Outcome {
         chattr +a d; touch d/new; no rm d/x; no mv d/x d/y; chattr -a d
         chattr +AdS d; mkdir d/sub; lsattr -d d/sub | grep -q S; lsattr -d d/sub | grep -q A
         chattr +t f; lsattr f | grep -q t; no chattr +c f
+        # A write that the kernel took after the flag was set is no failed write.
+        (echo 'chattr +i'; sleep 0.1; echo 'pwrite -q 0 4k'; echo fsync; echo syncfs) |
+            xfs_io f 2>told || true
+        no grep sync told; chattr -i f
         rm -r f d";
     in_both_modes(env, script);
     Ok(())
