@@ -96,8 +96,9 @@ pub(crate) fn check_setattr(attr: &Attr, set: &SetAttr) -> Result<(), Errno> {
     let owner = set.uid.is_some() || set.gid.is_some();
     let more_than_times = set.size.is_some() || set.mode.is_some() || owner || set.kill_suidgid;
     let kept = times_kept_by_kernel(set).filter(|_| !more_than_times);
-    // Times of a write from before the flag was set, which changed ctime: they may come late.
-    if kept.is_some_and(|ctime| ctime <= attr.ctime) {
+    // Times of a write that the kernel took: by a descriptor that is still open, or from before the
+    // flag was set, which changed ctime. They may come late.
+    if kept.is_some_and(|ctime| set.from_kernel_cache || ctime <= attr.ctime) {
         return Ok(());
     }
     refuse(attr, FLAG_IMMUTABLE)?;

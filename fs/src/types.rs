@@ -246,6 +246,8 @@ pub struct SetAttr {
     pub ctime: Option<Timestamp>,
     /// Clear set-id bits as a side effect (truncate by a caller without CAP_FSETID).
     pub kill_suidgid: bool,
+    /// Times of writes that a kernel with a write-back cache has taken already.
+    pub from_kernel_cache: bool,
 }
 
 /// One entry of a directory listing.

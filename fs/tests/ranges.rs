@@ -7,7 +7,7 @@ mod common;
 use std::sync::Arc;
 
 use braidfs::{Errno, FileSystem, OpenFile, ROOT_INO, SetAttr};
-use common::model::Rng;
+use common::rng::Rng;
 use common::*;
 
 const MIB: u64 = 1 << 20;

@@ -18,6 +18,13 @@ pub type Outcome = Result<(), Skip>;
 /// Tools by command name, and the Debian package of each.
 const PACKAGES: &[(&str, &str)] = &[
     ("fio", "fio"),
+    ("stress-ng", "stress-ng"),
+    ("dbench", "dbench"),
+    ("xfs_io", "xfsprogs"),
+    ("chattr", "e2fsprogs"),
+    ("lsattr", "e2fsprogs"),
+    ("fstrim", "util-linux"),
+    ("stdbuf", "coreutils"),
     ("fusermount3", "fuse3"),
     ("setfattr", "attr"),
     ("getfattr", "attr"),
@@ -167,6 +174,15 @@ fn crate_tools() -> Option<PathBuf> {
     let exe = std::env::current_exe().ok()?;
     let target = exe.ancestors().nth(3)?;
     Some(target.join("tools/bin"))
+}
+
+/// How much of something a test does: from an environment variable, or so much.
+pub fn number_from_environment(key: &str, default: u64) -> u64 {
+    let given = std::env::var(key).ok();
+    given.map_or(default, |text| match text.parse() {
+        Ok(number) => number,
+        Err(error) => panic!("{key}={text}: {error}"),
+    })
 }
 
 /// The top folder of the project.

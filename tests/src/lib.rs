@@ -14,10 +14,12 @@
 //! | loop devices and throttles | `loopdev.rs`, `throttle.rs` |
 //! | reading `stats --json` and `info --json` | `report.rs` |
 //! | data that says where it belongs | `pattern.rs` |
-//! | making and comparing trees | `specimen.rs`, `compare.rs` |
+//! | making and comparing trees | `specimen.rs`, `source_tree.rs`, `compare.rs` |
+//! | other processes, a line at a time | `peer.rs` |
 //!
 //! Environment: `BRAIDFS_BIN` (the program under test), `BRAIDFS_TEST_DIR` (where images go),
-//! `BRAIDFS_TEST_KEEP=1` (leave a failed test's folder), `SEED` (replays a randomised test).
+//! `BRAIDFS_TEST_KEEP=1` (leave a failed test's folder), `SEED` (replays a randomised test),
+//! `STRESS_SECONDS`, `STRESS_FILES`, `DIRECTORY_ENTRIES` (do more than by default).
 #![forbid(unsafe_code)]
 
 pub mod command;
@@ -26,8 +28,10 @@ pub mod daemon;
 pub mod env;
 pub mod loopdev;
 pub mod pattern;
+pub mod peer;
 pub mod report;
 pub mod runner;
+pub mod source_tree;
 pub mod specimen;
 pub mod throttle;
 pub mod volume;

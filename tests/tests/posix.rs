@@ -1,12 +1,15 @@
 //! What a local file system does, seen by the usual tools on a real mount, in both cache modes.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use braidfs_tests::command::Cmd;
 use braidfs_tests::env::{Env, Outcome};
+use braidfs_tests::loopdev::LoopDevice;
 use braidfs_tests::runner::{self, Test};
-use braidfs_tests::volume::{MIB, Volume};
+use braidfs_tests::volume::{CACHE_MODES, MIB, Volume, sparse_image};
 
 fn main() -> ExitCode {
     runner::main(
@@ -19,6 +22,8 @@ fn main() -> ExitCode {
             Test::new("a_running_program_is_not_cut", 60, running),
             Test::new("fallocate_seek_and_copy_agree", 60, ranges),
             Test::new("fstrim_gives_space_back_to_images", 120, trim),
+            Test::new("fstrim_passes_through_loop_devices", 120, trim_loop),
+            Test::new("groups_and_sticky_directories_are_obeyed", 60, groups),
             Test::new("a_remount_changes_ro_and_rw", 60, remount),
             Test::new("umount_of_a_bind_mount_does_not_wait", 60, bind),
         ],
@@ -28,7 +33,7 @@ fn main() -> ExitCode {
 /// Runs a shell script on a fresh mount in each cache mode; the mount point is its first argument.
 /// `set -e` is on, and `no COMMAND` is what must fail.
 fn in_both_modes(env: &Env, script: &str) {
-    for mode in ["direct_io", "writeback_cache"] {
+    for mode in CACHE_MODES {
         let mut volume = Volume::format(env, mode, &[256 * MIB; 3], &[]);
         volume.mount(&[mode]);
         let script = format!("set -eux\nno() {{ ! \"$@\"; }}\ncd \"$1\"\n{script}");
@@ -39,7 +44,7 @@ fn in_both_modes(env: &Env, script: &str) {
 }
 
 fn flags(env: &Env) -> Outcome {
-    env.need_tools(&["chattr", "lsattr"])?;
+    env.need_tools(&["chattr", "lsattr", "xfs_io"])?;
     let script = "
         echo one >f; mkdir d; echo x >d/x
         chattr +i f; lsattr f | grep -q -- ----i
@@ -52,6 +57,10 @@ fn flags(env: &Env) -> Outcome {
         chattr +a d; touch d/new; no rm d/x; no mv d/x d/y; chattr -a d
         chattr +AdS d; mkdir d/sub; lsattr -d d/sub | grep -q S; lsattr -d d/sub | grep -q A
         chattr +t f; lsattr f | grep -q t; no chattr +c f
+        # A write that the kernel took after the flag was set is no failed write.
+        (echo 'chattr +i'; sleep 0.1; echo 'pwrite -q 0 4k'; echo fsync; echo syncfs) |
+            xfs_io f 2>told || true
+        no grep sync told; chattr -i f
         rm -r f d";
     in_both_modes(env, script);
     Ok(())
@@ -145,29 +154,75 @@ fn ranges(env: &Env) -> Outcome {
     Ok(())
 }
 
-fn trim(env: &Env) -> Outcome {
-    env.need_tools(&["fstrim", "fio"])?;
-    let mut volume = Volume::format(env, "v", &[512 * MIB; 2], &[]);
-    let used = |volume: &Volume| -> u64 {
-        use std::os::unix::fs::MetadataExt;
-        let images = volume.devices.iter();
-        let blocks = images.map(|image| fs::metadata(image).expect("an image").blocks());
-        blocks.sum::<u64>() * 512
-    };
+/// Bytes that image files really take.
+fn used_bytes(images: &[PathBuf]) -> u64 {
+    let images = images.iter();
+    let blocks = images.map(|image| fs::metadata(image).expect("an image").blocks());
+    blocks.sum::<u64>() * 512
+}
+
+/// Fills a volume, deletes all of it, trims it; the images must have become small.
+fn fill_delete_trim(volume: &mut Volume, images: &[PathBuf]) {
     volume.mount(&[]);
     let fill =
         "head -c 300M /dev/urandom >\"$1/big\" && sync \"$1/big\" && rm \"$1/big\" && sync \"$1\"";
     Cmd::sh(fill, [&volume.mountpoint]).ok();
     // Blocks of a deleted file are free after the commit that follows.
     volume.remount(&[]);
-    let before = used(&volume);
+    let before = used_bytes(images);
     let output = Cmd::new("fstrim").arg("-v").arg(&volume.mountpoint).ok();
-    let after = used(&volume);
+    let after = used_bytes(images);
     println!("{} {before} {after}", output.stdout);
     assert!(before > 290 * MIB, "{before}");
     assert!(after < 64 * MIB, "{after}");
     volume.umount();
     volume.fsck_clean();
+}
+
+fn trim(env: &Env) -> Outcome {
+    env.need_tools(&["fstrim"])?;
+    let mut volume = Volume::format(env, "v", &[512 * MIB; 2], &[]);
+    let images = volume.devices.clone();
+    fill_delete_trim(&mut volume, &images);
+    Ok(())
+}
+
+fn trim_loop(env: &Env) -> Outcome {
+    env.need_tools(&["fstrim"])?;
+    env.need_loop_devices()?;
+    let images = ["a.img", "b.img"].map(|name| env.path(name));
+    images
+        .iter()
+        .for_each(|image| sparse_image(image, 512 * MIB));
+    let loops = [0, 1].map(|index| LoopDevice::attach(&images[index]));
+    let devices: Vec<PathBuf> = loops.iter().map(|device| device.path.clone()).collect();
+    env.braidfs().arg("mkfs").args(&devices).ok();
+    let mut volume = Volume::on(env, "v", devices);
+    fill_delete_trim(&mut volume, &images);
+    Ok(())
+}
+
+fn groups(env: &Env) -> Outcome {
+    env.need_tools(&["setpriv"])?;
+    let script = "
+        chmod 755 .
+        as() { setpriv --reuid \"$1\" --regid 65534 \"$2\" sh -c \"$3\"; }
+        mkdir g; chgrp 4242 g; chmod 770 g
+        as 65534 --groups=4242 'echo text >g/file'
+        as 65534 --groups=4241,4242,4243 'cat g/file; mkdir g/dir'
+        no as 65534 --clear-groups 'cat g/file'; no as 65534 --groups=4241 'touch g/new'
+        echo secret >s; chgrp 4242 s; chmod 640 s
+        as 65534 --groups=4242 'cat s'; no as 65534 --groups=4242 'echo x >>s'
+        no as 65534 --clear-groups 'cat s'
+        as 65533 --groups=4242 'true'; no as 65533 --groups=4242 'chmod 600 g/file'
+        mkdir t; chmod 1777 t; echo x >t/roots
+        as 65534 --clear-groups 'echo x >t/mine; mkdir t/dir'
+        no as 65533 --clear-groups 'rm -f t/mine'; no as 65533 --clear-groups 'rmdir t/dir'
+        no as 65533 --clear-groups 'mv t/mine t/theirs'
+        no as 65534 --clear-groups 'mv -T t/mine t/roots'
+        as 65534 --clear-groups 'mv t/mine t/still-mine; rm t/still-mine; rmdir t/dir'
+        mkdir u; chmod 777 u; echo x >u/roots; as 65533 --clear-groups 'rm -f u/roots'";
+    in_both_modes(env, script);
     Ok(())
 }
 

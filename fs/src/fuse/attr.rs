@@ -152,6 +152,8 @@ pub(super) fn setattr_in(args: &mut Args<'_>) -> Result<SetAttr, Malformed> {
         mtime: set_time(1, v::MTIME, v::MTIME_NOW),
         ctime: has(v::CTIME).then(|| time(2)),
         kill_suidgid: has(v::KILL_SUIDGID) || chown,
+        // With a handle come truncations, and these; utimensat(2) never brings one.
+        from_kernel_cache: has(v::FH) && has(v::MTIME) && has(v::CTIME) && !has(v::SIZE),
     })
 }
 

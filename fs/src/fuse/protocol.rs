@@ -124,6 +124,7 @@ pub(super) mod setattr_valid {
     pub(in crate::fuse) const SIZE: u32 = 1 << 3;
     pub(in crate::fuse) const ATIME: u32 = 1 << 4;
     pub(in crate::fuse) const MTIME: u32 = 1 << 5;
+    pub(in crate::fuse) const FH: u32 = 1 << 6;
     pub(in crate::fuse) const ATIME_NOW: u32 = 1 << 7;
     pub(in crate::fuse) const MTIME_NOW: u32 = 1 << 8;
     pub(in crate::fuse) const CTIME: u32 = 1 << 10;
