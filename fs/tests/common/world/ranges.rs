@@ -132,7 +132,7 @@ impl World {
             if expected.is_ok() && count > 0 {
                 // The source was read, maybe.
                 self.model.node(source).atime = Stamp::Unknown;
-                self.after_half_a_copy(target, at, count);
+                self.after_half_a_copy(target, at);
             }
             return;
         }
@@ -151,13 +151,13 @@ impl World {
             node.atime = Stamp::Maybe(before);
         }
         if copied < count {
-            self.after_half_a_copy(target, at + copied, count - copied);
+            self.after_half_a_copy(target, at + copied);
         }
     }
 
     /// What follows the copied bytes may be punched, where the source has a hole: compared is then
     /// what did not change.
-    fn after_half_a_copy(&mut self, target: Ino, at: u64, _count: u64) {
+    fn after_half_a_copy(&mut self, target: Ino, at: u64) {
         let node = self.model.node(target);
         (node.mtime, node.ctime) = (Stamp::Unknown, Stamp::Unknown);
         self.model.content(target).is_vague = true;
