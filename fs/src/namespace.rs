@@ -466,7 +466,6 @@ impl FileSystem {
                 if !inode.linkable.swap(false, Ordering::SeqCst) {
                     return Err(Errno::NOENT);
                 }
-                self.reclaimer.spare(inode.ino);
                 let key = ino_key(inode.ino);
                 match inode.truncating.load(Ordering::SeqCst) {
                     u64::MAX => self.store.delete(Table::Orphans, &key),

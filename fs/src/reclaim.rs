@@ -4,8 +4,7 @@
 //! the last user lets go, a thread of its own removes blocks, attributes and record in bounded
 //! steps. A crash in between leaves the orphan row, and the next mount goes on from there.
 
-use std::collections::hash_map::Entry;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -20,13 +19,14 @@ use crate::{Errno, Ino};
 
 #[derive(Default)]
 struct State {
-    queue: VecDeque<Ino>,
+    /// Inodes, and the blocks that each takes.
+    queue: VecDeque<(Ino, u64)>,
+    queue_blocks: u64,
     busy: bool,
     stop: bool,
-    /// Blocks of files that nobody can open any more, until their turn comes.
-    doomed: HashMap<Ino, u64>,
-    doomed_blocks: u64,
-    /// The one whose turn it is.
+    /// Blocks of the one whose turn has come, until it is looked at.
+    next_blocks: u64,
+    /// The one that is being deleted.
     current: Option<Arc<Inode>>,
 }
 
@@ -38,41 +38,28 @@ pub(crate) struct Reclaimer {
 }
 
 impl Reclaimer {
-    /// Nobody can open the inode any more: statfs is to count its blocks as free.
-    fn doom(&self, ino: Ino, blocks: u64) {
-        let mut state = self.state.lock();
-        if let Entry::Vacant(slot) = state.doomed.entry(ino) {
-            slot.insert(blocks);
-            state.doomed_blocks += blocks;
-        }
-    }
-
-    /// No longer: it got a name after all, or is being deleted.
-    pub(crate) fn spare(&self, ino: Ino) {
-        let mut state = self.state.lock();
-        let blocks = state.doomed.remove(&ino);
-        state.doomed_blocks -= blocks.unwrap_or(0);
-    }
-
-    /// Sets whose turn it is, if anybody's.
+    /// Sets which one is being deleted, if any.
     fn turn_to(&self, inode: Option<&Arc<Inode>>) {
-        if let Some(inode) = inode {
-            self.spare(inode.ino);
-        }
-        self.state.lock().current = inode.cloned();
+        let mut state = self.state.lock();
+        state.next_blocks = 0;
+        state.current = inode.cloned();
     }
 
-    /// Blocks that deletion is about to free.
+    /// Blocks that deletion is about to free: statfs counts them as free.
     pub(crate) fn doomed_blocks(&self) -> u64 {
         let (queued, current) = {
             let state = self.state.lock();
-            (state.doomed_blocks, state.current.clone())
+            let queued = state.queue_blocks + state.next_blocks;
+            (queued, state.current.clone())
         };
         queued + current.map_or(0, |inode| inode.attr().blocks / UNITS)
     }
 
-    fn push(&self, ino: Ino) {
-        self.state.lock().queue.push_back(ino);
+    fn push(&self, ino: Ino, blocks: u64) {
+        let mut state = self.state.lock();
+        state.queue.push_back((ino, blocks));
+        state.queue_blocks += blocks;
+        drop(state);
         self.changed.notify_all();
     }
 
@@ -87,10 +74,10 @@ impl Reclaimer {
 const UNITS: u64 = BLOCK_SIZE / 512;
 
 impl FileSystem {
-    /// Hands the inode to the reclaiming thread if it has neither name nor user. One without a name
-    /// that is merely remembered by a front end is as good as gone.
+    /// Hands the inode to the reclaiming thread if it has neither name nor user.
     pub(crate) fn maybe_reclaim(&self, inode: &Inode) {
         if inode.opens.load(Ordering::SeqCst) > 0
+            || inode.lookups.load(Ordering::SeqCst) > 0
             || inode.state.lock().attr.nlink > 0
             || inode.deleted.load(Ordering::SeqCst)
             || self.is_read_only()
@@ -98,10 +85,7 @@ impl FileSystem {
             return;
         }
         self.reclaimer
-            .doom(inode.ino, self.blocks_of(inode) / UNITS);
-        if inode.lookups.load(Ordering::SeqCst) == 0 {
-            self.reclaimer.push(inode.ino);
-        }
+            .push(inode.ino, self.blocks_of(inode) / UNITS);
     }
 
     /// Waits until everything handed over so far is deleted. Call it without a pass.
@@ -118,13 +102,16 @@ impl FileSystem {
             let ino = {
                 let mut state = self.reclaimer.state.lock();
                 state.busy = false;
+                state.next_blocks = 0;
                 self.reclaimer.changed.notify_all();
                 loop {
                     if state.stop {
                         return;
                     }
-                    if let Some(ino) = state.queue.pop_front() {
+                    if let Some((ino, blocks)) = state.queue.pop_front() {
                         state.busy = true;
+                        state.queue_blocks -= blocks;
+                        state.next_blocks = blocks;
                         break ino;
                     }
                     self.reclaimer.changed.wait(&mut state);
@@ -207,7 +194,7 @@ impl FileSystem {
     pub(crate) fn adopt_orphans(&self) -> Result<(), Errno> {
         for (ino, orphan) in self.orphans()? {
             match orphan {
-                Some(Orphan::Delete) => self.reclaimer.push(ino),
+                Some(Orphan::Delete) => self.reclaimer.push(ino, 0),
                 Some(Orphan::Truncate(size)) => {
                     match self.inode(ino) {
                         Ok(inode) => self.truncate(&inode, size)?,
@@ -230,7 +217,7 @@ impl FileSystem {
                     inode.lookups.store(0, Ordering::SeqCst);
                     inode.opens.store(0, Ordering::SeqCst);
                 }
-                self.reclaimer.push(ino);
+                self.reclaimer.push(ino, 0);
             }
         }
         Ok(())
