@@ -304,7 +304,8 @@ impl FileSystem {
             self.write_cached(file, offset, data, flags)
         };
         let written = written.and_then(|count| {
-            let durable = self.options.sync || file.is_synchronous() || file.inode.is_sync();
+            let asked = flags.durable || file.is_synchronous();
+            let durable = self.options.sync || asked || file.inode.is_sync();
             if durable && !flags.from_kernel_cache {
                 self.fsync(file, true)?;
             }

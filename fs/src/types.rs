@@ -270,6 +270,8 @@ pub struct WriteFlags {
     pub kill_suidgid: bool,
     /// The pages come from the kernel's write-back cache (no append, times kept by the kernel).
     pub from_kernel_cache: bool,
+    /// Durable when it returns, whatever the file was opened with (RWF_DSYNC).
+    pub durable: bool,
 }
 
 /// What statfs(2) shows. Units of `bsize` bytes.

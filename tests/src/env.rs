@@ -38,6 +38,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("mkfs.xfs", "xfsprogs"),
     ("mkfs.btrfs", "btrfs-progs"),
     ("losetup", "mount"),
+    ("swapon", "mount"),
     ("blockdev", "util-linux"),
     ("setpriv", "util-linux"),
     ("sfdisk", "fdisk"),

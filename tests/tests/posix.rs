@@ -23,8 +23,10 @@ fn main() -> ExitCode {
             Test::new("fallocate_seek_and_copy_agree", 60, ranges),
             Test::new("fstrim_gives_space_back_to_images", 120, trim),
             Test::new("fstrim_passes_through_loop_devices", 120, trim_loop),
+            Test::new("discard_gives_space_back_by_itself", 120, discard),
             Test::new("groups_and_sticky_directories_are_obeyed", 60, groups),
             Test::new("a_remount_changes_ro_and_rw", 60, remount),
+            Test::new("what_is_not_there_is_refused", 60, refused),
             Test::new("umount_of_a_bind_mount_does_not_wait", 60, bind),
         ],
     )
@@ -161,15 +163,22 @@ fn used_bytes(images: &[PathBuf]) -> u64 {
     blocks.sum::<u64>() * 512
 }
 
-/// Fills a volume, deletes all of it, trims it; the images must have become small.
-fn fill_delete_trim(volume: &mut Volume, images: &[PathBuf]) {
-    volume.mount(&[]);
-    let fill =
-        "head -c 300M /dev/urandom >\"$1/big\" && sync \"$1/big\" && rm \"$1/big\" && sync \"$1\"";
+/// Fills a volume with a large file and deletes that; what the images take then.
+fn fill_and_delete(volume: &mut Volume, images: &[PathBuf], options: &[&str]) -> u64 {
+    volume.mount(options);
+    let fill = "head -c 300M /dev/urandom >\"$1/big\"; sync \"$1/big\"";
     Cmd::sh(fill, [&volume.mountpoint]).ok();
+    let full = used_bytes(images);
+    assert!(full > 290 * MIB, "{full}");
+    fs::remove_file(volume.path("big")).expect("delete");
     // Blocks of a deleted file are free after the commit that follows.
-    volume.remount(&[]);
-    let before = used_bytes(images);
+    volume.remount(options);
+    used_bytes(images)
+}
+
+/// After fstrim the images must be small again.
+fn trim_frees(volume: &mut Volume, images: &[PathBuf]) {
+    let before = fill_and_delete(volume, images, &[]);
     let output = Cmd::new("fstrim").arg("-v").arg(&volume.mountpoint).ok();
     let after = used_bytes(images);
     println!("{} {before} {after}", output.stdout);
@@ -183,22 +192,40 @@ fn trim(env: &Env) -> Outcome {
     env.need_tools(&["fstrim"])?;
     let mut volume = Volume::format(env, "v", &[512 * MIB; 2], &[]);
     let images = volume.devices.clone();
-    fill_delete_trim(&mut volume, &images);
+    trim_frees(&mut volume, &images);
     Ok(())
 }
 
-fn trim_loop(env: &Env) -> Outcome {
-    env.need_tools(&["fstrim"])?;
-    env.need_loop_devices()?;
+/// Image files, and loop devices on them.
+fn looped(env: &Env) -> ([PathBuf; 2], [LoopDevice; 2]) {
     let images = ["a.img", "b.img"].map(|name| env.path(name));
     images
         .iter()
         .for_each(|image| sparse_image(image, 512 * MIB));
     let loops = [0, 1].map(|index| LoopDevice::attach(&images[index]));
-    let devices: Vec<PathBuf> = loops.iter().map(|device| device.path.clone()).collect();
-    env.braidfs().arg("mkfs").args(&devices).ok();
+    let devices = loops.iter().map(|device| &device.path);
+    env.braidfs().arg("mkfs").args(devices).ok();
+    (images, loops)
+}
+
+fn trim_loop(env: &Env) -> Outcome {
+    env.need_tools(&["fstrim"])?;
+    env.need_loop_devices()?;
+    let (images, loops) = looped(env);
+    let devices = loops.iter().map(|device| device.path.clone()).collect();
+    trim_frees(&mut Volume::on(env, "v", devices), &images);
+    Ok(())
+}
+
+fn discard(env: &Env) -> Outcome {
+    env.need_loop_devices()?;
+    let (images, loops) = looped(env);
+    let devices = loops.iter().map(|device| device.path.clone()).collect();
     let mut volume = Volume::on(env, "v", devices);
-    fill_delete_trim(&mut volume, &images);
+    let after = fill_and_delete(&mut volume, &images, &["discard"]);
+    assert!(after < 64 * MIB, "{after}");
+    volume.umount();
+    volume.fsck_clean();
     Ok(())
 }
 
@@ -222,6 +249,23 @@ fn groups(env: &Env) -> Outcome {
         no as 65534 --clear-groups 'mv -T t/mine t/roots'
         as 65534 --clear-groups 'mv t/mine t/still-mine; rm t/still-mine; rmdir t/dir'
         mkdir u; chmod 777 u; echo x >u/roots; as 65533 --clear-groups 'rm -f u/roots'";
+    in_both_modes(env, script);
+    Ok(())
+}
+
+fn refused(env: &Env) -> Outcome {
+    env.need_tools(&["xfs_io", "swapon"])?;
+    let script = "
+        head -c 100000 /dev/urandom >f; before=$(cksum <f)
+        no cp --reflink=always f g
+        for command in 'fcollapse 0 4k' 'finsert 0 4k' 'funshare 0 4k' 'fiemap' \
+                'dedupe f 0 4096 4096'; do
+            xfs_io -c \"$command\" f 2>&1 | grep -E 'not supported|Inappropriate'
+        done
+        chmod 600 f; no swapon f
+        no setfattr -n other.a -v 1 f; ln -s f l; no setfattr -h -n user.a -v 1 l
+        no sh -c 'exec 3<>l/x'; no mkdir l/x; no rmdir f; no mv f f/g; no ln . d
+        [ \"$before\" = \"$(cksum <f)\" ]; rm -f g; cp --reflink=auto f g; cmp f g";
     in_both_modes(env, script);
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! What several processes do to one file, or directory, at once: mappings, locks, appends.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{IoSlice, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::ExitCode;
@@ -13,6 +13,7 @@ use braidfs_tests::runner::{self, Test};
 use braidfs_tests::volume::{CACHE_MODES, MIB, Volume};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
+use rustix::io::{ReadWriteFlags, pwritev2};
 
 /// The file of the mapping test.
 const MAPPED_BYTES: u64 = MIB;
@@ -327,11 +328,19 @@ fn synchronous(env: &Env) -> Outcome {
                 .iter()
                 .for_each(|block| file.write_all(block).expect("write"));
         }
+        // Single writes can ask for it, too.
+        let single = File::create_new(volume.path("single")).expect("create");
+        for (block, offset) in blocks.iter().zip((0..).step_by(5000)) {
+            let block = [IoSlice::new(block)];
+            let count = pwritev2(&single, &block, offset, ReadWriteFlags::DSYNC).expect("write");
+            assert_eq!(count, 5000, "a short write");
+        }
+        drop(single);
         fs::write(volume.path("other"), "not synchronous").expect("write");
         volume.kill_daemon();
         volume.fsck_clean();
         volume.mount(&[mode]);
-        for (name, _) in flags {
+        for name in ["sync", "dsync", "single"] {
             let found = fs::read(volume.path(name)).expect("read");
             assert!(found == blocks.concat(), "{mode}: {name} lost something");
         }

@@ -196,6 +196,8 @@ impl Request<'_> {
             // Pages of a shared mapping come with this flag in either mode, but only with its
             // write-back cache does the kernel keep size and times itself.
             from_kernel_cache: cached && shared.options.cache_mode == CacheMode::Kernel,
+            // O_SYNC includes this bit; the kernel sets it for a single write, too.
+            durable: open_flags & libc::O_DSYNC != 0,
         };
         // Nobody looks at attributes on this way unless set-id bits are to go.
         let forget = (flags.kill_suidgid && shared.has_set_ids(&file))
