@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::command::{Cmd, Output};
 use crate::daemon::{self, Daemon};
-use crate::env::Env;
+use crate::env::{Env, Outcome};
 
 /// One mebibyte.
 pub const MIB: u64 = 1 << 20;
@@ -31,6 +31,19 @@ pub struct Volume<'e> {
     /// Where it is, or will be, mounted.
     pub mountpoint: PathBuf,
     daemon: Option<Daemon>,
+}
+
+/// Runs a test on a fresh mount in each cache mode, and checks the volume after it.
+pub fn in_both_modes(env: &Env, test: fn(&mut Volume<'_>, &str)) -> Outcome {
+    for mode in CACHE_MODES {
+        println!("{mode}");
+        let mut volume = Volume::format(env, mode, &[256 * MIB; 3], &[]);
+        volume.mount(&[mode]);
+        test(&mut volume, mode);
+        volume.umount();
+        volume.fsck_clean();
+    }
+    Ok(())
 }
 
 /// Makes a sparse file.

@@ -18,7 +18,7 @@ use braidfs_tests::env::{Env, Outcome, number_from_environment};
 use braidfs_tests::pattern::{Random, seed};
 use braidfs_tests::peer::{self, Peer};
 use braidfs_tests::runner::{self, Test};
-use braidfs_tests::volume::{CACHE_MODES, GIB, MIB, Volume, drop_kernel_caches};
+use braidfs_tests::volume::{GIB, MIB, Volume, drop_kernel_caches, in_both_modes};
 use nix::sys::stat::{UtimensatFlags, utimensat};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Whence, lseek};
@@ -53,18 +53,6 @@ fn main() -> ExitCode {
             Test::new("attributes_of_64_kib_of_all_kinds", 60, attributes),
         ],
     )
-}
-
-fn in_both_modes(env: &Env, test: fn(&mut Volume, &str)) -> Outcome {
-    for mode in CACHE_MODES {
-        println!("{mode}");
-        let mut volume = Volume::format(env, mode, &[256 * MIB; 3], &[]);
-        volume.mount(&[mode]);
-        test(&mut volume, mode);
-        volume.umount();
-        volume.fsck_clean();
-    }
-    Ok(())
 }
 
 /// Lists with getdents64 through a buffer of so many bytes, from where the descriptor is: `each`

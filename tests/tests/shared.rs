@@ -10,7 +10,7 @@ use braidfs_tests::env::{Env, Outcome};
 use braidfs_tests::pattern::{Random, seed};
 use braidfs_tests::peer::{self, Peer};
 use braidfs_tests::runner::{self, Test};
-use braidfs_tests::volume::{CACHE_MODES, MIB, Volume};
+use braidfs_tests::volume::{MIB, Volume, in_both_modes};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use rustix::io::{ReadWriteFlags, pwritev2};
@@ -41,19 +41,6 @@ fn main() -> ExitCode {
             ),
         ],
     )
-}
-
-/// Runs a test on a fresh mount in each cache mode, and checks the volume after it.
-fn in_both_modes(env: &Env, test: fn(&mut Volume, &str)) -> Outcome {
-    for mode in CACHE_MODES {
-        println!("{mode}");
-        let mut volume = Volume::format(env, mode, &[256 * MIB; 3], &[]);
-        volume.mount(&[mode]);
-        test(&mut volume, mode);
-        volume.umount();
-        volume.fsck_clean();
-    }
-    Ok(())
 }
 
 fn mappings(env: &Env) -> Outcome {

@@ -22,7 +22,7 @@ pub struct MountArgs {
     /// Options, separated by commas: ro, noatime, relatime, strictatime, sync, commit=SECONDS,
     /// cache_size=SIZE, direct_io, writeback_cache, allow_other, allow_root, discard, nodirect,
     /// backend=auto|uring|threads, threads=N, attr_timeout=SECONDS, logfile=FILE, fsname=NAME,
-    /// subtype=NAME, remount, and the general ones of mount(8)
+    /// subtype=NAME, remount, norecovery, and the general ones of mount(8)
     #[arg(short = 'o', value_name = "OPT,...")]
     pub options: Vec<String>,
 
@@ -136,7 +136,7 @@ fn remount(args: &MountArgs) -> Result<(), CliError> {
         };
         made.map_err(|why| {
             exit::failure(format!(
-                "{place}: cannot be made writable: {why}; nothing was changed"
+                "{place}: cannot be made writable, and stays read-only: {why}"
             ))
         })?;
     }
