@@ -42,7 +42,9 @@ pub mod volume;
 pub use chain::Chain;
 pub use completion::FlushDone;
 pub use device::BlockDevice;
-pub use device::open::{Backend, OpenError, OpenMode, backed_loop_device, open_device};
+pub use device::open::{
+    Backend, OpenError, OpenMode, backed_loop_device, open_device, write_protected,
+};
 pub use device::sim::SimDevice;
 pub use error::{BlockError, ErrorKind, Op};
 pub use kiobuf::{Completion, EndIo, Kiobuf};

@@ -1,7 +1,7 @@
 //! What a local file system does, seen by the usual tools on a real mount, in both cache modes.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -26,6 +26,7 @@ fn main() -> ExitCode {
             Test::new("discard_gives_space_back_by_itself", 120, discard),
             Test::new("groups_and_sticky_directories_are_obeyed", 60, groups),
             Test::new("a_remount_changes_ro_and_rw", 60, remount),
+            Test::new("a_write_protected_member_is_only_read", 60, write_protected),
             Test::new("what_is_not_there_is_refused", 60, refused),
             Test::new("umount_of_a_bind_mount_does_not_wait", 60, bind),
         ],
@@ -250,6 +251,85 @@ fn groups(env: &Env) -> Outcome {
         as 65534 --clear-groups 'mv t/mine t/still-mine; rm t/still-mine; rmdir t/dir'
         mkdir u; chmod 777 u; echo x >u/roots; as 65533 --clear-groups 'rm -f u/roots'";
     in_both_modes(env, script);
+    Ok(())
+}
+
+/// What the mount table says of a mount before anything else: `ro` or `rw`.
+fn shown_access(volume: &Volume) -> String {
+    let columns = ["--noheadings", "--output", "OPTIONS"];
+    let found = Cmd::new("findmnt").args(columns).arg(&volume.mountpoint);
+    let options = found.quiet().ok().stdout;
+    options.split(',').next().unwrap_or_default().to_owned()
+}
+
+/// As mount(8) has it with the file systems of the kernel: read-only and a warning, unless `rw` by
+/// name insists.
+fn write_protected(env: &Env) -> Outcome {
+    env.need_loop_devices()?;
+    let image = env.path("b.img");
+    sparse_image(&image, 128 * MIB);
+    let device = LoopDevice::attach(&image);
+    let protect = |how: &str| Cmd::new("blockdev").arg(how).arg(&device.path).ok();
+    let mut volume = Volume::unformatted(env, "v", &[128 * MIB]);
+    volume.devices.push(device.path.clone());
+    let sums = |volume: &Volume| {
+        let sum = |image| Cmd::new("sha256sum").arg(image).quiet().ok().stdout;
+        volume.devices.iter().map(sum).collect::<Vec<_>>()
+    };
+    env.braidfs().arg("mkfs").args(&volume.devices).ok();
+    let told = volume.mount_command(&["norecovery"]).fails();
+    assert!(told.stderr.contains("needs 'ro'"), "{}", told.stderr);
+    volume.mount(&[]);
+    fs::write(volume.path("file"), "one").expect("write");
+    volume.umount();
+
+    protect("--setro");
+    let name = device.path.to_string_lossy();
+    for options in [&["rw"][..], &["ro", "rw"]] {
+        let told = volume.mount_command(options).fails();
+        let says = |part: &str| told.stderr.contains(part);
+        assert!(says(&name) && says("write-protected"), "{}", told.stderr);
+        assert!(says("'rw'") && says("--setrw"), "{}", told.stderr);
+        assert!(!volume.is_mount_point());
+    }
+    let before = sums(&volume);
+    for options in [&[][..], &["norecovery"], &["writeback_cache"]] {
+        let told = volume.mount(options);
+        let expected = format!("{name}: is write-protected, mounting read-only");
+        assert!(told.stderr.contains(&expected), "{}", told.stderr);
+        assert_eq!(shown_access(&volume), "ro");
+        let refused = fs::write(volume.path("file"), "two").expect_err("read-only");
+        assert_eq!(refused.raw_os_error(), Some(30), "EROFS");
+        volume.umount();
+    }
+    // mount(8) says `rw` to its helper whether its user did or not.
+    let helper = env.path("mount.braidfs");
+    symlink(&env.bin, &helper).expect("a helper's name");
+    let mount = Cmd::new(helper).arg(&device.path).arg(&volume.mountpoint);
+    let told = mount.args(["-o", "rw,noatime"]).ok();
+    assert!(
+        told.stderr.contains("mounting read-only"),
+        "{}",
+        told.stderr
+    );
+    volume.adopt();
+    assert_eq!(shown_access(&volume), "ro");
+    volume.umount();
+    let told = volume.mount(&["ro"]);
+    assert!(told.stderr.is_empty(), "asked for: {}", told.stderr);
+    let remount = || {
+        let mount = env.braidfs().args(["mount", "-o", "remount,rw"]);
+        mount.arg(&device.path).arg(&volume.mountpoint)
+    };
+    let told = remount().fails();
+    assert!(told.stderr.contains("Read-only"), "{}", told.stderr);
+    assert_eq!(before, sums(&volume), "nothing was written");
+    protect("--setrw");
+    remount().ok();
+    fs::write(volume.path("file"), "two").expect("write again");
+    assert_eq!(shown_access(&volume), "rw");
+    volume.umount();
+    volume.fsck_clean();
     Ok(())
 }
 

@@ -42,6 +42,21 @@ nix::ioctl_read!(
     u64
 );
 
+nix::ioctl_read_bad!(
+    /// Whether a block device is write-protected: not zero.
+    blkroget,
+    nix::request_code_none!(0x12, 94),
+    libc::c_int
+);
+
+/// Whether a block device is write-protected. The kernel opens it for writing all the same, and
+/// refuses each write.
+pub(super) fn is_write_protected(file: &File) -> bool {
+    let mut protected = 0;
+    // SAFETY: the ioctl writes one int to the given place.
+    unsafe { blkroget(file.as_raw_fd(), &mut protected) }.is_ok() && protected != 0
+}
+
 /// Size of a block device.
 pub(super) fn block_device_size(file: &File) -> Result<u64, i32> {
     let mut size = 0;
@@ -63,7 +78,7 @@ impl DeviceFile {
 
     /// See [`super::BlockDevice::make_writable`].
     pub(super) fn make_writable(&self) -> Result<(), OpenError> {
-        if !self.is_writable {
+        if !self.is_writable || self.is_block && is_write_protected(&self.file) {
             return Err(OpenError::Os(libc::EROFS));
         }
         if self.file.try_lock().is_err() {

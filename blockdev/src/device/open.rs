@@ -6,7 +6,7 @@
 //! whatever uses that loop device would not see our lock.
 
 use super::BlockDevice;
-use super::file::{DeviceFile, block_device_size};
+use super::file::{DeviceFile, block_device_size, is_write_protected};
 use super::pool::PoolDevice;
 use crate::units::{BLOCK_SIZE, round_down};
 use nix::fcntl::OFlag;
@@ -96,6 +96,20 @@ pub fn backed_loop_device(path: &Path) -> Option<PathBuf> {
     None
 }
 
+/// Whether a device can be read but not written, whoever asks: a write-protected block device, or a
+/// file on a file system that is mounted read-only.
+pub fn write_protected(path: &Path) -> bool {
+    use nix::unistd::{AccessFlags, access};
+    if access(path, AccessFlags::W_OK) == Err(nix::errno::Errno::EROFS) {
+        return true;
+    }
+    let is_block = |file: &File| {
+        let meta = file.metadata();
+        meta.is_ok_and(|meta| meta.file_type().is_block_device())
+    };
+    File::open(path).is_ok_and(|file| is_block(&file) && is_write_protected(&file))
+}
+
 fn open_file(path: &Path, mode: OpenMode) -> Result<DeviceFile, OpenError> {
     let meta = path.metadata().map_err(open_error)?;
     let is_block = meta.file_type().is_block_device();
@@ -125,6 +139,9 @@ fn open_file(path: &Path, mode: OpenMode) -> Result<DeviceFile, OpenError> {
         }
         Err(error) => return Err(open_error(error)),
     };
+    if is_block && !mode.read_only && is_write_protected(&file) {
+        return Err(OpenError::Os(libc::EROFS));
+    }
     lock(&file, mode.read_only)?;
     let size = match is_block {
         true => block_device_size(&file).map_err(OpenError::Os)?,

@@ -50,13 +50,13 @@ pub struct Job {
 pub const READY: &str = "ready\n";
 
 /// Mounts and serves until unmounted.
-pub fn run(job: &Job) -> Result<(), CliError> {
+pub fn run(mut job: Job) -> Result<(), CliError> {
     // Before any thread starts, so that none of them takes the signals.
     let signals = block_signals()?;
     let directory = control::own_directory().map_err(exit::system)?;
-    let logfile = open_logfile(job)?;
-    let fs = mount_core(job)?;
-    match serve(job, &fs, &directory, signals, logfile) {
+    let logfile = open_logfile(&job)?;
+    let fs = mount_core(&mut job)?;
+    match serve(&job, &fs, &directory, signals, logfile) {
         Ok(server) => finish(fs, Some(&server)),
         Err(error) => {
             if let Err(second) = finish(fs, None) {
@@ -80,13 +80,14 @@ fn open_logfile(job: &Job) -> Result<Option<File>, CliError> {
     Ok(Some(file))
 }
 
-/// Opens the members and mounts the core.
-fn mount_core(job: &Job) -> Result<Arc<FileSystem>, CliError> {
+/// Opens the members and mounts the core, read-only if it must be.
+fn mount_core(job: &mut Job) -> Result<Arc<FileSystem>, CliError> {
     let members = find_members(&job.devices).map_err(exit::failure)?;
     let paths: Vec<PathBuf> = members
         .iter()
         .map(|member: &Member| member.path.clone())
         .collect();
+    job.options.settle_access(&paths).map_err(exit::failure)?;
     let read_only = job.options.core.read_only;
     let mode = OpenMode {
         read_only,

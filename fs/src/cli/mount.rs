@@ -92,15 +92,22 @@ pub fn run(args: &MountArgs) -> Result<(), CliError> {
         if args.daemon_child {
             nix::unistd::setsid().map_err(|error| exit::system(format!("setsid: {error}")))?;
         }
-        return daemon::run(&job);
+        return daemon::run(job);
     }
     start_in_background(args)
 }
 
 /// `mount.braidfs`.
-pub fn run_helper(args: HelperArgs) -> Result<(), CliError> {
+pub fn run_helper(mut args: HelperArgs) -> Result<(), CliError> {
     if args.verbose {
         log::set_max_level(log::LevelFilter::Info);
+    }
+    // mount(8) says `rw` where its user said nothing, so here that does not insist.
+    if let Some(first) = args.options.first_mut()
+        && let Some(rest) = first.strip_prefix("rw")
+        && (rest.is_empty() || rest.starts_with(','))
+    {
+        *first = rest.to_owned();
     }
     let mount_args = MountArgs {
         options: args.options,

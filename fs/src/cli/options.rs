@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use braidfs_blockdev::Backend;
+use braidfs_blockdev::{Backend, write_protected};
 
 use super::size::{format_size, parse_size};
 use crate::fuse::{self, CacheMode, MsFlags};
@@ -49,6 +49,8 @@ pub struct ParsedOptions {
     pub flags: MsFlags,
     /// Change the flags of a mount that exists.
     pub remount: bool,
+    /// `rw` by name: rather fail than read only.
+    pub insist_writable: bool,
     /// Recover nothing on the devices: what a read-only mount does anyway.
     pub no_recovery: bool,
 }
@@ -73,6 +75,7 @@ impl ParsedOptions {
             logfile: None,
             flags: MsFlags::empty(),
             remount: false,
+            insist_writable: false,
             no_recovery: false,
         }
     }
@@ -104,8 +107,8 @@ impl ParsedOptions {
         if parsed.allow_root && parsed.allow_other == Some(true) {
             return Err("options 'allow_other' and 'allow_root' exclude each other".to_owned());
         }
-        if parsed.no_recovery && !parsed.core.read_only {
-            return Err("option 'norecovery' needs 'ro'; nothing was mounted".to_owned());
+        if parsed.no_recovery && parsed.insist_writable {
+            return Err("options 'norecovery' and 'rw' exclude each other".to_owned());
         }
         Ok(parsed)
     }
@@ -241,7 +244,30 @@ impl ParsedOptions {
         Ok(true)
     }
 
+    /// Decides between reading and writing, now that the members are known: where one of them is
+    /// write-protected, the mount is read-only. `rw` by name insists, as with mount(8).
+    pub fn settle_access(&mut self, members: &[PathBuf]) -> Result<(), String> {
+        if self.core.read_only {
+            return Ok(());
+        }
+        if let Some(path) = members.iter().find(|path| write_protected(path)) {
+            let path = path.display();
+            if self.insist_writable {
+                return Err(format!(
+                    "{path}: is write-protected, and option 'rw' was given; leave that out, or \
+                     make the device writable (blockdev --setrw); nothing was mounted"
+                ));
+            }
+            log::warn!("{path}: is write-protected, mounting read-only");
+            self.set_read_only(true);
+        } else if self.no_recovery {
+            return Err("option 'norecovery' needs 'ro'; nothing was mounted".to_owned());
+        }
+        Ok(())
+    }
+
     fn set_read_only(&mut self, read_only: bool) {
+        self.insist_writable = !read_only;
         self.core.read_only = read_only;
         self.flags.set(MsFlags::MS_RDONLY, read_only);
     }
@@ -358,7 +384,11 @@ mod tests {
     #[test]
     fn no_recovery_is_for_reading() {
         assert!(parse("norecovery,ro").unwrap().core.read_only);
-        assert!(parse("noload").unwrap_err().contains("needs 'ro'"));
+        assert!(parse("norecovery,rw").unwrap_err().contains("'rw'"));
+        let folder = tempfile::tempdir().unwrap();
+        let mut parsed = parse("noload").unwrap();
+        let refused = parsed.settle_access(&[folder.path().to_owned()]);
+        assert!(refused.unwrap_err().contains("needs 'ro'"));
     }
 
     #[test]
