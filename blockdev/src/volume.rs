@@ -6,6 +6,7 @@
 mod describe;
 mod discard;
 mod elect;
+mod flaws;
 mod map;
 mod plug;
 mod space;
@@ -14,6 +15,7 @@ mod transfer;
 mod types;
 mod wait;
 
+pub use flaws::LabelFlaw;
 pub use plug::Plug;
 pub use types::*;
 

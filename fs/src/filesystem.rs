@@ -48,9 +48,9 @@ impl From<Errno> for MountError {
 }
 
 /// Name in the settings of the number that the next inode gets.
-const SETTING_NEXT_INO: &[u8] = b"next_ino";
+pub(crate) const SETTING_NEXT_INO: &[u8] = b"next_ino";
 /// Name in the settings of the number of inodes.
-const SETTING_INODE_COUNT: &[u8] = b"inode_count";
+pub(crate) const SETTING_INODE_COUNT: &[u8] = b"inode_count";
 
 /// A mounted file system.
 pub struct FileSystem {

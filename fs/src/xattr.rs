@@ -17,7 +17,7 @@ const CAPABILITIES: &[u8] = b"security.capability";
 /// Prefixes of names that may be followed by anything. Who may use them is the kernel's business.
 const NAMESPACES: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
 
-fn check_xattr_name(name: &[u8]) -> Result<(), Errno> {
+pub(crate) fn check_xattr_name(name: &[u8]) -> Result<(), Errno> {
     match name.len() {
         0 => return Err(Errno::INVAL),
         len if len > NAME_MAX => return Err(Errno::RANGE),
@@ -34,7 +34,7 @@ fn check_xattr_name(name: &[u8]) -> Result<(), Errno> {
     }
 }
 
-fn is_acl(name: &[u8]) -> bool {
+pub(crate) fn is_acl(name: &[u8]) -> bool {
     name == acl::ACCESS || name == acl::DEFAULT
 }
 

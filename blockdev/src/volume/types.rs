@@ -251,7 +251,10 @@ pub enum VolumeErrorKind {
         fs_uuid: String,
     },
     /// The member missed updates that the others have.
-    #[error("is stale: its generation is {found}, the newest is {newest}")]
+    #[error(
+        "is stale: its generation is {found}, the newest is {newest}, so it missed what was \
+         written meanwhile; give the current device, or restore all members from one backup"
+    )]
     Stale {
         /// Generation of this member.
         found: u64,

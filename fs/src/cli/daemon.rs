@@ -52,7 +52,7 @@ pub const READY: &str = "ready\n";
 /// Mounts and serves until unmounted.
 pub fn run(mut job: Job) -> Result<(), CliError> {
     // Before any thread starts, so that none of them takes the signals.
-    let signals = block_signals()?;
+    let signals = super::signals::block().map_err(exit::system)?;
     let directory = control::own_directory().map_err(exit::system)?;
     let logfile = open_logfile(&job)?;
     let fs = mount_core(&mut job)?;
@@ -275,16 +275,6 @@ fn finish(fs: Arc<FileSystem>, server: Option<&ControlServer>) -> Result<(), Cli
         server.finish(outcome.clone());
     }
     outcome.map_err(exit::failure)
-}
-
-fn block_signals() -> Result<SigSet, CliError> {
-    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]
-        .into_iter()
-        .collect();
-    signals
-        .thread_block()
-        .map_err(|error| exit::system(format!("signals: {error}")))?;
-    Ok(signals)
 }
 
 /// What the signal thread may touch. It keeps nothing alive.

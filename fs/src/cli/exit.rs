@@ -6,12 +6,16 @@ pub const USAGE: u8 = 1;
 pub const SYSTEM: u8 = 2;
 /// The mount or unmount failed (mount(8)).
 pub const FAILURE: u8 = 32;
+/// fsck(8): errors were corrected.
+pub const FSCK_CORRECTED: u8 = 1;
 /// fsck(8): errors are left.
 pub const FSCK_ERRORS: u8 = 4;
 /// fsck(8): operational error.
 pub const FSCK_OPERATIONAL: u8 = 8;
 /// fsck(8): wrong usage.
 pub const FSCK_USAGE: u8 = 16;
+/// fsck(8): stopped by request.
+pub const FSCK_CANCELLED: u8 = 32;
 
 /// What goes wrong on the command line: an exit code, and what to tell.
 #[derive(Clone, Debug, PartialEq, Eq)]

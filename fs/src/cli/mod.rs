@@ -8,6 +8,8 @@
 //! | `devices.rs` | device lists, finding members, opening them |
 //! | `options.rs` `size.rs` | what follows `-o`; sizes |
 //! | `table.rs` `print.rs` | tables, JSON |
+//! | `meter.rs` | progress of fsck |
+//! | `signals.rs` | signals that ask to end |
 //! | `logger.rs` | log lines to the standard error, a file or syslog |
 //! | `descriptors.rs` | what a daemon does not keep of its caller |
 //! | `exit.rs` | exit codes |
@@ -23,10 +25,12 @@ mod exit;
 mod fsck;
 mod info;
 mod logger;
+mod meter;
 mod mkfs;
 mod mount;
 mod options;
 mod print;
+mod signals;
 mod size;
 mod stats;
 mod table;
@@ -119,9 +123,12 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(words: Vec<OsString>) -> Result<(), CliError> {
+fn run(mut words: Vec<OsString>) -> Result<(), CliError> {
     let usage = match words.get(1).and_then(|verb| verb.to_str()) {
-        Some("fsck") => exit::FSCK_USAGE,
+        Some("fsck") => {
+            words = fsck::with_plain_progress(words);
+            exit::FSCK_USAGE
+        }
         _ => exit::USAGE,
     };
     let cli = Cli::try_parse_from(words).map_err(|error| parse_error(&error, usage))?;

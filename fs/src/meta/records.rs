@@ -65,7 +65,7 @@ pub(crate) struct InodeRecord {
 const INODE_RECORD_LEN: usize = 128;
 
 /// More blocks or directory cookies than an inode can ever have: counting on never overflows.
-const COUNT_MAX: u64 = u64::MAX / 2;
+pub(crate) const COUNT_MAX: u64 = u64::MAX / 2;
 
 fn put_time(out: &mut Vec<u8>, time: Timestamp) {
     out.extend_from_slice(&time.secs.to_le_bytes());
@@ -143,6 +143,34 @@ impl InodeRecord {
             next_cookie,
             parent: le_u64(value, 104)?,
         })
+    }
+}
+
+impl InodeRecord {
+    /// A record that can be, from one that cannot: what is impossible is set to what says nothing.
+    /// `None` if there is no telling what it was. Also says whether the size is the record's own;
+    /// if not it is the largest there is.
+    pub(crate) fn mend(ino: Ino, value: &[u8]) -> Option<(Self, bool)> {
+        let mut value = value.to_vec();
+        if value.len() != INODE_RECORD_LEN {
+            return None;
+        }
+        value[112..].fill(0);
+        for at in [24, 96] {
+            if le_u64(&value, at)? > COUNT_MAX {
+                value[at..at + 8].fill(0);
+            }
+        }
+        for at in [48, 60, 72, 84] {
+            if time_at(&value, at).is_none() {
+                value[at..at + 12].fill(0);
+            }
+        }
+        let has_size = le_u64(&value, 16)? <= crate::FILE_SIZE_MAX;
+        if !has_size {
+            value[16..24].copy_from_slice(&crate::FILE_SIZE_MAX.to_le_bytes());
+        }
+        Some((Self::decode(ino, &value)?, has_size))
     }
 }
 

@@ -40,11 +40,12 @@ pub(crate) enum Table {
     Settings,
 }
 
-const TABLE_COUNT: usize = 7;
+/// How many there are, but for the one of free space.
+pub(super) const TABLE_COUNT: usize = 7;
 
 type Definition = TableDefinition<'static, &'static [u8], &'static [u8]>;
 
-const DEFINITIONS: [Definition; TABLE_COUNT] = [
+pub(super) const DEFINITIONS: [Definition; TABLE_COUNT] = [
     TableDefinition::new("inodes"),
     TableDefinition::new("dentries"),
     TableDefinition::new("cookies"),
@@ -55,7 +56,7 @@ const DEFINITIONS: [Definition; TABLE_COUNT] = [
 ];
 
 /// Free space: first block -> blocks. Only commits touch it; see [`crate::alloc`].
-const FREE: TableDefinition<'static, u64, u64> = TableDefinition::new("free");
+pub(super) const FREE: TableDefinition<'static, u64, u64> = TableDefinition::new("free");
 
 /// Rough cost in memory of one entry of a group, over its key and value.
 const ENTRY_OVERHEAD_BYTES: usize = 96;
@@ -63,7 +64,8 @@ const ENTRY_OVERHEAD_BYTES: usize = 96;
 /// A key and its value.
 pub(crate) type Entry = (Vec<u8>, Vec<u8>);
 
-type Changes = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
+/// Keys with their new values; `None` where the record goes.
+pub(crate) type Changes = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
 
 /// What one transaction group changed.
 #[derive(Default)]
@@ -107,7 +109,7 @@ pub(crate) struct Unwritten {
     pub records: u64,
 }
 
-type Base = [ReadOnlyTable<&'static [u8], &'static [u8]>; TABLE_COUNT];
+pub(super) type Base = [ReadOnlyTable<&'static [u8], &'static [u8]>; TABLE_COUNT];
 
 struct State {
     open: Group,
@@ -118,7 +120,7 @@ struct State {
 /// The metadata store.
 pub(crate) struct Store {
     /// `None` once closed. Only commits lock it for long.
-    db: Mutex<Option<Database>>,
+    pub(super) db: Mutex<Option<Database>>,
     /// Bytes of the pages in use, if counted since the last commit.
     used: Mutex<Option<u64>>,
     state: RwLock<State>,
@@ -127,6 +129,26 @@ pub(crate) struct Store {
 fn failed(what: &str, error: impl std::fmt::Display) -> Errno {
     log::error!("metadata {what}: {error}");
     Errno::IO
+}
+
+/// Carries changes over into the tables of a transaction.
+pub(super) fn write_changes(
+    write: &redb::WriteTransaction,
+    changes: &[Changes; TABLE_COUNT],
+) -> Result<(), redb::Error> {
+    for (definition, changes) in DEFINITIONS.into_iter().zip(changes) {
+        if changes.is_empty() {
+            continue;
+        }
+        let mut table = write.open_table(definition)?;
+        for (key, value) in changes {
+            match value {
+                Some(value) => drop(table.insert(key.as_slice(), value.as_slice())?),
+                None => drop(table.remove(key.as_slice())?),
+            }
+        }
+    }
+    Ok(())
 }
 
 /// redb's own cache, beside the page cache that it reads through.
@@ -186,7 +208,7 @@ impl Store {
         Ok(())
     }
 
-    fn snapshot(db: &Database) -> Result<Base, redb::Error> {
+    pub(super) fn snapshot(db: &Database) -> Result<Base, redb::Error> {
         let read = db.begin_read()?;
         let [a, b, c, d, e, f, g] = DEFINITIONS;
         Ok([
@@ -399,18 +421,7 @@ impl Store {
         let mut write = db.begin_write()?;
         write.set_durability(Durability::Immediate)?;
         write.set_quick_repair(true);
-        for (definition, changes) in DEFINITIONS.into_iter().zip(&group.changes) {
-            if changes.is_empty() {
-                continue;
-            }
-            let mut table = write.open_table(definition)?;
-            for (key, value) in changes {
-                match value {
-                    Some(value) => drop(table.insert(key.as_slice(), value.as_slice())?),
-                    None => drop(table.remove(key.as_slice())?),
-                }
-            }
-        }
+        write_changes(&write, &group.changes)?;
         {
             let mut free = write.open_table(FREE)?;
             space.apply(&mut free)?;

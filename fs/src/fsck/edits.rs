@@ -1,0 +1,127 @@
+//! What a repair will change: records, blocks to copy, and the free space that follows. It is
+//! gathered in memory and made durable in one commit, so a power cut leaves the old state or the
+//! repaired one.
+
+use std::ops::Range;
+
+use braidfs_blockdev::{AlignedBuf, PAGE_SIZE, VolBlock, Volume};
+
+use super::bitmap::Bitmap;
+use super::progress::FsckError;
+use super::session::Session;
+use crate::MountError;
+use crate::alloc::FREE_KNOWN_CHUNK_KEY;
+use crate::meta::offline::{FreeTable, Reader, TableChanges};
+use crate::meta::store::Table;
+
+/// The free space as it shall be: what the data chunks have and no extent names.
+pub(super) struct SpacePlan {
+    /// Blocks that extents name after the repair.
+    pub used: Bitmap,
+    /// The data chunks, joined where they touch.
+    pub data: Vec<Range<u64>>,
+    /// Highest id of a data chunk.
+    pub known_chunk: Option<u64>,
+}
+
+/// The changes of a repair.
+#[derive(Default)]
+pub(super) struct Edits {
+    tables: TableChanges,
+    /// Blocks whose content is copied before the commit: from, to.
+    pub clones: Vec<(u64, u64)>,
+    /// `None`: the free space stays as it is.
+    pub space: Option<SpacePlan>,
+}
+
+impl Edits {
+    /// Sets a record.
+    pub(super) fn put(&mut self, table: Table, key: &[u8], value: &[u8]) {
+        self.tables[table as usize].insert(key.to_vec(), Some(value.to_vec()));
+    }
+
+    /// Removes a record.
+    pub(super) fn delete(&mut self, table: Table, key: &[u8]) {
+        self.tables[table as usize].insert(key.to_vec(), None);
+    }
+
+    /// What a record shall be, if it changes.
+    pub(super) fn get(&self, table: Table, key: &[u8]) -> Option<Option<&[u8]>> {
+        let change = self.tables[table as usize].get(key)?;
+        Some(change.as_deref())
+    }
+
+    /// The records that are set anew in a table, in order.
+    pub(super) fn puts(&self, table: Table) -> impl Iterator<Item = (&[u8], &[u8])> {
+        let changes = self.tables[table as usize].iter();
+        changes.filter_map(|(key, value)| Some((key.as_slice(), value.as_deref()?)))
+    }
+
+    /// Whether a table changes.
+    pub(super) fn has(&self, table: Table) -> bool {
+        !self.tables[table as usize].is_empty()
+    }
+
+    /// Makes it all durable.
+    pub(super) fn apply(&self, session: &Session) -> Result<(), FsckError> {
+        self.copy_blocks(&session.volume)?;
+        let reader = session.store.reader()?;
+        session
+            .store
+            .mend(&self.tables, |table| match &self.space {
+                Some(plan) => plan.apply(&reader, table),
+                None => Ok(()),
+            })?;
+        Ok(())
+    }
+
+    /// The copies go to blocks that are free in the durable state. What cannot be read is replaced
+    /// by zeros: the checksum in the extent says that these are not the data.
+    fn copy_blocks(&self, volume: &Volume) -> Result<(), FsckError> {
+        let failed = |error| FsckError::Mount(MountError::Metadata(Box::new(error)));
+        for &(from, to) in &self.clones {
+            let buf = AlignedBuf::zeroed(PAGE_SIZE);
+            let data = volume
+                .read_wait(VolBlock(from), buf, None)
+                .unwrap_or_else(|_| AlignedBuf::zeroed(PAGE_SIZE));
+            volume.write_wait(VolBlock(to), data).map_err(failed)?;
+        }
+        if self.clones.is_empty() {
+            return Ok(());
+        }
+        volume.flush_wait().map_err(failed)
+    }
+}
+
+impl SpacePlan {
+    /// Changes the rows that differ, in order, without holding them all.
+    fn apply(&self, reader: &Reader, table: &mut FreeTable<'_>) -> Result<(), redb::Error> {
+        let mut wanted = self
+            .data
+            .iter()
+            .flat_map(|chunk| self.used.runs(chunk.clone(), false))
+            .map(|run| (run.start, run.end - run.start))
+            .peekable();
+        reader.scan_free::<redb::Error>(&mut |start, len| {
+            if start == FREE_KNOWN_CHUNK_KEY {
+                return Ok(());
+            }
+            while let Some((start, len)) = wanted.next_if(|run| run.0 < start) {
+                table.insert(start, len)?;
+            }
+            match wanted.next_if(|run| run.0 == start) {
+                Some((_, same)) if same == len => {}
+                Some((start, len)) => drop(table.insert(start, len)?),
+                None => drop(table.remove(start)?),
+            }
+            Ok(())
+        })?;
+        for (start, len) in wanted {
+            table.insert(start, len)?;
+        }
+        if let Some(id) = self.known_chunk {
+            table.insert(FREE_KNOWN_CHUNK_KEY, id)?;
+        }
+        Ok(())
+    }
+}
