@@ -206,6 +206,22 @@ impl Running {
         text_of(&self.stdout)
     }
 
+    /// What it printed so far, standard error after standard output.
+    pub fn text_so_far(&self) -> String {
+        self.stdout_so_far() + &text_of(&self.stderr)
+    }
+
+    /// The word after `durable` in the last whole line that begins so: what it saw safe.
+    pub fn last_durable(&self) -> Option<String> {
+        let text = self.stdout_so_far();
+        let whole = text.rsplit_once('\n')?.0;
+        let found = whole
+            .lines()
+            .rev()
+            .find_map(|line| line.strip_prefix("durable "));
+        found.map(str::to_owned)
+    }
+
     /// Kills it and everything in its process group, at once.
     pub fn kill(&mut self) {
         let group = Pid::from_raw(self.pid());

@@ -15,11 +15,12 @@
 //! | reading `stats --json` and `info --json` | `report.rs` |
 //! | data that says where it belongs | `pattern.rs` |
 //! | making and comparing trees | `specimen.rs`, `source_tree.rs`, `compare.rs` |
+//! | a SQLite writer and its database | `sqlite.rs` |
 //! | other processes, a line at a time | `peer.rs` |
 //!
 //! Environment: `BRAIDFS_BIN` (the program under test), `BRAIDFS_TEST_DIR` (where images go),
 //! `BRAIDFS_TEST_KEEP=1` (leave a failed test's folder), `SEED` (replays a randomised test),
-//! `STRESS_SECONDS`, `STRESS_FILES`, `DIRECTORY_ENTRIES` (do more than by default).
+//! `STRESS_SECONDS`, `STRESS_FILES`, `DIRECTORY_ENTRIES`, `KILL_ROUNDS` (do more than by default).
 #![forbid(unsafe_code)]
 
 pub mod command;
@@ -33,5 +34,6 @@ pub mod report;
 pub mod runner;
 pub mod source_tree;
 pub mod specimen;
+pub mod sqlite;
 pub mod throttle;
 pub mod volume;

@@ -1,331 +1,181 @@
-//! The daemon killed under load, again and again: what fsync promised is there, nothing is torn,
-//! and no repair is needed.
+//! The daemon killed under a mixed load, again and again: what fsync promised is there, nothing
+//! is torn, and no repair is needed.
 //!
-//! Each worker has a folder and a model of it. Its steps are the ways programs make things
-//! durable: write and fsync a new file; overwrite in place and fsync; write a new file, fsync,
-//! rename it over the old one, fsync the folder; append and fsync; unlink and fsync the folder.
-//! A step that was cut off may have happened or not; the model says what each may look like.
+//! Every round mounts in the other cache mode, lets everything work at once for part of a
+//! second, kills the daemon with SIGKILL, has `fsck -n` find nothing, mounts, and checks each
+//! load by its own rules:
+//!
+//! | load | after the kill | file |
+//! | --- | --- | --- |
+//! | workers that write, overwrite, replace, append, unlink, with fsync | a model of each file | `model.rs` |
+//! | files replaced and moved without any fsync | one moment of that history, no older than the last fsync | `renames.rs` |
+//! | fio with verify | every block of files that ended with fsync, and of one overwritten in place | `programs.rs` |
+//! | SQLite, write-ahead log and rollback journal | `integrity_check`, and every row that was committed | `programs.rs` |
+//! | git with `core.fsync=all` | `fsck --full --strict`, and the last acknowledged commit | `programs.rs` |
+//! | names made and removed as fast as they go | `fsck -n` | here |
+//!
+//! `KILL_ROUNDS` says how many rounds; `SEED` replays the choices, not the timing.
 
-use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+#[path = "crash/model.rs"]
+mod model;
+#[path = "crash/programs.rs"]
+mod programs;
+#[path = "crash/renames.rs"]
+mod renames;
+
+use std::fmt;
+use std::fs::{self, File};
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use braidfs_tests::env::{Env, Outcome};
-use braidfs_tests::pattern::{self, BLOCK, Random, Stamp};
+use braidfs_tests::env::{Env, Outcome, number_from_environment};
+use braidfs_tests::pattern::{self, Random};
 use braidfs_tests::runner::{self, Test};
-use braidfs_tests::volume::{GIB, Volume};
+use braidfs_tests::volume::{CACHE_MODES, GIB, Volume};
+use model::Worker;
+use programs::Programs;
+use renames::Renamer;
 
-const ROUNDS: u64 = 20;
-const WORKERS: u64 = 3;
-const FILES_MAX: u64 = 30;
-const BLOCKS_MAX: u64 = 192;
+/// Rounds unless `KILL_ROUNDS` says otherwise.
+const ROUNDS: u64 = 50;
+const WORKERS: u64 = 2;
+/// A round on busy cores, with much to spare.
+const ROUND_SECS_MAX: u64 = 20;
 /// A mount after a crash is quick, whatever was going on.
 const MOUNT_LIMIT: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
-    let test = Test::new("what_was_fsynced_survives_20_kills", 420, survives_kills);
-    runner::main("crash", &[test])
+    let limit = 120 + rounds() * ROUND_SECS_MAX;
+    let name = "a_mixed_load_survives_every_kill";
+    runner::main("crash", &[Test::new(name, limit, survives_kills)])
 }
 
-/// What a step that was under way may leave.
-#[derive(Clone, Copy, Debug)]
-enum Cut {
-    /// A new file: nothing, or any part of it.
-    Create,
-    /// Each block old or new.
-    Overwrite,
-    /// All old or all new.
-    Replace,
-    /// Any number of the appended blocks.
-    Append,
-    /// There or not.
-    Unlink,
+fn rounds() -> u64 {
+    number_from_environment("KILL_ROUNDS", ROUNDS)
 }
 
-/// A file as it was last made durable.
-#[derive(Clone, Debug)]
-struct Known {
-    seed: u64,
-    version: u64,
-    blocks: u64,
-    /// The step that was cut off: its version and length.
-    cut: Option<(Cut, u64, u64)>,
+/// How long the parts of the rounds took, summed up.
+#[derive(Debug, Default)]
+struct Times {
+    fsck: Duration,
+    mount: Duration,
+    check: Duration,
 }
 
-struct Worker {
-    dir: PathBuf,
-    random: Random,
-    files: BTreeMap<String, Known>,
-    next: u64,
-    steps: u64,
+/// All that goes on at once.
+struct Loads {
+    workers: Vec<Worker>,
+    renamer: Renamer,
+    programs: Programs,
 }
 
 fn survives_kills(env: &Env) -> Outcome {
+    env.need_tools(&["fio", "git", "sqlite3", "stdbuf"])?;
     let seed = pattern::seed();
-    let mut volume = Volume::format(env, "v", &[GIB; 3], &[]);
     let mut random = Random::new(seed);
-    let mut workers: Vec<Worker> = (0..WORKERS)
-        .map(|index| Worker {
-            dir: volume.path(&format!("worker-{index}")),
-            random: Random::new(seed + 1 + index),
-            files: BTreeMap::new(),
-            next: index << 32,
-            steps: 0,
-        })
-        .collect();
-    volume.mount(&[]);
-    for worker in &workers {
-        fs::create_dir(&worker.dir).expect("a folder for each worker");
-    }
-    File::open(&volume.mountpoint)
-        .and_then(|dir| dir.sync_all())
-        .expect("fsync of the root");
-    let storm_dir = volume.path("storm");
-    for round in 1..=ROUNDS {
-        let load = Duration::from_millis(300 + random.below(1200));
-        let killing = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            for worker in &mut workers {
-                scope.spawn(|| worker.work(&killing));
-            }
-            let mut storm_random = Random::new(random.next());
-            let (storm_dir, killing) = (&storm_dir, &killing);
-            scope.spawn(move || storm(storm_dir, &mut storm_random, killing));
-            std::thread::sleep(load);
-            killing.store(true, Ordering::SeqCst);
-            volume.kill_daemon_only();
-        });
+    let mut volume = Volume::format(env, "v", &[GIB; 3], &[]);
+    let mut mode = CACHE_MODES[0];
+    volume.mount(&[mode]);
+    let mut loads = Loads::new(env, &volume, seed);
+    sync_dir(&volume.mountpoint);
+    let mut times = Times::default();
+    let (begun, rounds) = (Instant::now(), rounds());
+    for round in 1..=rounds {
+        let kernel_cached = mode == CACHE_MODES[1];
+        work_until_killed(&mut volume, &mut loads, &mut random, round);
         volume.detach();
+        let since = Instant::now();
         volume.fsck_clean();
-        let begun = Instant::now();
-        volume.mount(&[]);
-        let took = begun.elapsed();
+        times.fsck += since.elapsed();
+        mode = CACHE_MODES[usize::from(!kernel_cached)];
+        let since = Instant::now();
+        volume.mount(&[mode]);
+        let took = since.elapsed();
         assert!(took < MOUNT_LIMIT, "the mount after a crash took {took:?}");
-        let checked: u64 = workers.iter_mut().map(Worker::verify).sum();
-        let steps: u64 = workers.iter().map(|worker| worker.steps).sum();
-        println!("round {round}: {steps} durable steps so far, {checked} blocks checked");
-        assert!(
-            checked > 0 || round == 1,
-            "nothing was durable after {round} rounds"
-        );
+        times.mount += took;
+        let since = Instant::now();
+        loads.check(kernel_cached);
+        sync_dir(&volume.mountpoint);
+        times.check += since.elapsed();
+        println!("round {round}, now {mode}: {loads}");
     }
+    println!("{rounds} rounds in {:?}: {times:?}", begun.elapsed());
     volume.umount();
     volume.fsck_clean();
+    let steps = loads.durable_steps();
+    assert!(
+        steps >= rounds,
+        "only {steps} steps were durable in {rounds} rounds"
+    );
+    loads.programs.assert_all_worked();
     Ok(())
 }
 
-impl Worker {
-    /// Steps until the daemon is gone. An error before it was killed is a failure.
-    fn work(&mut self, killing: &AtomicBool) {
-        loop {
-            match self.step() {
-                Ok(()) => self.steps += 1,
-                Err(_) if killing.load(Ordering::SeqCst) => return,
-                Err(error) => panic!("a step failed before the daemon was killed: {error}"),
+/// Everything at once, until the daemon is killed in the middle of it.
+fn work_until_killed(volume: &mut Volume<'_>, loads: &mut Loads, random: &mut Random, round: u64) {
+    let load = Duration::from_millis(random.below(500));
+    let killing = AtomicBool::new(false);
+    let mut running = loads.programs.start();
+    std::thread::scope(|scope| {
+        for worker in &mut loads.workers {
+            scope.spawn(|| worker.work(&killing));
+        }
+        scope.spawn(|| loads.renamer.work(&killing));
+        let mut storm_random = Random::new(random.next());
+        let (storm_dir, killing) = (volume.path("storm"), &killing);
+        scope.spawn(move || storm(&storm_dir, &mut storm_random, killing));
+        running.wait_for_one(round);
+        std::thread::sleep(load);
+        killing.store(true, Ordering::SeqCst);
+        loads.programs.take_down(&running);
+        volume.kill_daemon_only();
+    });
+    running.end();
+}
+
+impl Loads {
+    fn new(env: &Env, volume: &Volume<'_>, seed: u64) -> Self {
+        let worker = |index| Worker::new(volume.path(&format!("worker-{index}")), index, seed);
+        Self {
+            workers: (0..WORKERS).map(worker).collect(),
+            renamer: Renamer::new(volume.path("renames")),
+            programs: Programs::new(env, &volume.mountpoint),
+        }
+    }
+
+    /// Each load's own check. Whatever a cut left is cleaned up, so that the models are exact
+    /// again.
+    fn check(&mut self, kernel_cached: bool) {
+        std::thread::scope(|scope| {
+            for worker in &mut self.workers {
+                scope.spawn(move || worker.verify(kernel_cached));
             }
-        }
+            scope.spawn(|| self.renamer.verify());
+            self.programs.verify(scope);
+        });
     }
 
-    fn step(&mut self) -> std::io::Result<()> {
-        let count = self.files.len() as u64;
-        if count == 0 || (count < FILES_MAX && self.random.below(3) == 0) {
-            return self.create();
-        }
-        let pick = usize::try_from(self.random.below(count)).expect("a small number");
-        let name = self
-            .files
-            .keys()
-            .nth(pick)
-            .expect("below the count")
-            .clone();
-        match self.random.below(5) {
-            0 | 1 => self.overwrite(&name),
-            2 => self.replace(&name),
-            3 => self.append(&name),
-            _ => self.unlink(&name),
-        }
-    }
-
-    fn cut(&mut self, name: &str, cut: Cut, version: u64, blocks: u64) {
-        let known = self.files.get_mut(name).expect("a known file");
-        known.cut = Some((cut, version, blocks));
-    }
-
-    fn durable(&mut self, name: &str) {
-        let known = self.files.get_mut(name).expect("a known file");
-        if let Some((_, version, blocks)) = known.cut.take() {
-            (known.version, known.blocks) = (version, blocks);
-        }
-    }
-
-    fn sync_dir(&self) -> std::io::Result<()> {
-        File::open(&self.dir)?.sync_all()
-    }
-
-    fn create(&mut self) -> std::io::Result<()> {
-        self.next += 1;
-        let (seed, name) = (self.next, format!("file-{}", self.next));
-        let blocks = 1 + self.random.below(BLOCKS_MAX);
-        let known = Known {
-            seed,
-            version: 0,
-            blocks: 0,
-            cut: Some((Cut::Create, 1, blocks)),
-        };
-        self.files.insert(name.clone(), known);
-        let mut file = File::create_new(self.dir.join(&name))?;
-        file.write_all(&pattern::blocks(seed, 1, 0, blocks))?;
-        file.sync_all()?;
-        self.durable(&name);
-        Ok(())
-    }
-
-    fn overwrite(&mut self, name: &str) -> std::io::Result<()> {
-        let known = self.files[name].clone();
-        self.cut(name, Cut::Overwrite, known.version + 1, known.blocks);
-        let file = OpenOptions::new().write(true).open(self.dir.join(name))?;
-        let data = pattern::blocks(known.seed, known.version + 1, 0, known.blocks);
-        file.write_all_at(&data, 0)?;
-        file.sync_data()?;
-        self.durable(name);
-        Ok(())
-    }
-
-    fn replace(&mut self, name: &str) -> std::io::Result<()> {
-        let known = self.files[name].clone();
-        let blocks = 1 + self.random.below(BLOCKS_MAX);
-        let fresh = self.dir.join("new");
-        let mut file = File::create(&fresh)?;
-        file.write_all(&pattern::blocks(known.seed, known.version + 1, 0, blocks))?;
-        file.sync_all()?;
-        self.cut(name, Cut::Replace, known.version + 1, blocks);
-        fs::rename(&fresh, self.dir.join(name))?;
-        self.sync_dir()?;
-        self.durable(name);
-        Ok(())
-    }
-
-    fn append(&mut self, name: &str) -> std::io::Result<()> {
-        let known = self.files[name].clone();
-        let more = 1 + self.random.below(32);
-        self.cut(name, Cut::Append, known.version, known.blocks + more);
-        let mut file = OpenOptions::new().append(true).open(self.dir.join(name))?;
-        file.write_all(&pattern::blocks(
-            known.seed,
-            known.version,
-            known.blocks,
-            more,
-        ))?;
-        file.sync_data()?;
-        self.durable(name);
-        Ok(())
-    }
-
-    fn unlink(&mut self, name: &str) -> std::io::Result<()> {
-        let known = self.files[name].clone();
-        self.cut(name, Cut::Unlink, known.version, known.blocks);
-        fs::remove_file(self.dir.join(name))?;
-        self.sync_dir()?;
-        self.files.remove(name);
-        Ok(())
-    }
-
-    /// After a mount: every file is what the model allows. Files that a cut step touched are then
-    /// removed, so that the model is exact again. Returns how many blocks were read.
-    fn verify(&mut self) -> u64 {
-        let mut checked = 0;
-        for (name, known) in &self.files {
-            checked += verify_file(&self.dir.join(name), known);
-        }
-        for entry in fs::read_dir(&self.dir).expect("list the worker's folder") {
-            let name = entry
-                .expect("an entry")
-                .file_name()
-                .into_string()
-                .expect("an ASCII name");
-            let expected = self.files.contains_key(&name) || name == "new";
-            assert!(
-                expected,
-                "{} was never made, or its removal was durable",
-                name
-            );
-        }
-        let touched: Vec<String> = self
-            .files
-            .iter()
-            .filter(|(_, known)| known.cut.is_some())
-            .map(|(name, _)| name.clone())
-            .collect();
-        for name in touched {
-            self.files.remove(&name);
-            match fs::remove_file(self.dir.join(&name)) {
-                Ok(()) => {}
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(error) => panic!("cannot remove {name}: {error}"),
-            }
-        }
-        self.sync_dir().expect("fsync of the worker's folder");
-        checked
+    fn durable_steps(&self) -> u64 {
+        self.workers.iter().map(|worker| worker.steps).sum()
     }
 }
 
-fn verify_file(path: &Path, known: &Known) -> u64 {
-    let at = path.display();
-    let mut data = Vec::new();
-    match File::open(path).and_then(|mut file| file.read_to_end(&mut data)) {
-        Ok(_) => {}
-        Err(error) => {
-            let may_be_gone = matches!(known.cut, Some((Cut::Create | Cut::Unlink, ..)));
-            let gone = error.kind() == std::io::ErrorKind::NotFound;
-            assert!(gone && may_be_gone, "{at}: {error}; {known:?}");
-            return 0;
-        }
+impl fmt::Display for Loads {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (steps, renames) = (self.durable_steps(), self.renamer.steps());
+        write!(
+            out,
+            "{steps} durable steps, {renames} renames, {}",
+            self.programs
+        )
     }
-    assert_eq!(
-        data.len() % BLOCK,
-        0,
-        "{at} has a part of a block: {known:?}"
-    );
-    let blocks = (data.len() / BLOCK) as u64;
-    let stamps: Vec<Stamp> = data
-        .chunks(BLOCK)
-        .zip(0..)
-        .map(|(block, index)| {
-            let stamp = Stamp::decode(block);
-            let stamp = stamp.unwrap_or_else(|| panic!("{at}: block {index} torn; {known:?}"));
-            assert_eq!(
-                (stamp.seed, stamp.index),
-                (known.seed, index),
-                "{at}: another's block"
-            );
-            stamp
-        })
-        .collect();
-    let all = |version: u64| stamps.iter().all(|stamp| stamp.version == version);
-    let (old, old_blocks) = (known.version, known.blocks);
-    let allowed = match known.cut {
-        None | Some((Cut::Unlink, ..)) => all(old) && blocks == old_blocks,
-        Some((Cut::Create, version, most)) => all(version) && blocks <= most,
-        Some((Cut::Append, version, most)) => all(version) && (old_blocks..=most).contains(&blocks),
-        Some((Cut::Overwrite, version, _)) => {
-            let either = |stamp: &Stamp| stamp.version == old || stamp.version == version;
-            stamps.iter().all(either) && blocks == old_blocks
-        }
-        Some((Cut::Replace, version, new_blocks)) => {
-            (all(old) && blocks == old_blocks) || (all(version) && blocks == new_blocks)
-        }
-    };
-    let versions: Vec<u64> = stamps.iter().map(|stamp| stamp.version).collect();
-    assert!(
-        allowed,
-        "{at}: {blocks} blocks of versions {versions:?}, the model has {known:?}"
-    );
-    blocks
+}
+
+fn sync_dir(dir: &Path) {
+    let synced = File::open(dir).and_then(|dir| dir.sync_all());
+    synced.unwrap_or_else(|error| panic!("fsync of {}: {error}", dir.display()));
 }
 
 /// Names made, moved and removed as fast as they go, nothing of it durable on purpose: work for

@@ -9,6 +9,7 @@ use braidfs_tests::command::{Cmd, Running};
 use braidfs_tests::env::{Env, Outcome};
 use braidfs_tests::pattern::Random;
 use braidfs_tests::runner::{self, Test};
+use braidfs_tests::sqlite;
 use braidfs_tests::volume::{GIB, Volume};
 
 fn main() -> ExitCode {
@@ -164,47 +165,19 @@ fn cargo(env: &Env) -> Outcome {
     Ok(())
 }
 
-/// A writer that commits rows one after the other and prints each number once it is durable.
-/// (EXTRA: with a rollback journal, FULL does not sync the folder after a commit's unlink.)
-fn start_writer(env: &Env, database: &Path, journal: &str) -> Running {
-    let script = env.path("writer.sql");
-    let mut text = format!(
-        "PRAGMA journal_mode={journal};\nPRAGMA synchronous=EXTRA;\n\
-         CREATE TABLE IF NOT EXISTS t(id INTEGER PRIMARY KEY, a TEXT, b BLOB);\n\
-         CREATE INDEX IF NOT EXISTS i ON t(a);\n"
-    );
-    for _ in 0..20_000 {
-        text += "BEGIN; INSERT INTO t(a,b) VALUES(hex(randomblob(9)),randomblob(3000));\n\
-                 UPDATE t SET a=hex(randomblob(9)) \
-                 WHERE id=abs(random())%(SELECT max(id) FROM t);\n\
-                 COMMIT; SELECT 'durable '||max(id) FROM t;\n";
-    }
-    fs::write(&script, text).expect("the writer's script");
-    let input = fs::File::open(&script).expect("the writer's script");
-    let writer = Cmd::new("stdbuf")
-        .args(["--output=L", "sqlite3", "-bail"])
-        .arg(database);
-    writer.stdin(input).limit_secs(100).spawn()
-}
-
 /// The last row that the writer saw durable.
-fn durable_rows(writer: &Running) -> u64 {
-    let text = writer.stdout_so_far();
-    let whole = text.rsplit_once('\n').map_or("", |split| split.0);
-    let last = whole
-        .lines()
-        .rev()
-        .find_map(|line| line.strip_prefix("durable "));
+fn durable(writer: &Running) -> u64 {
+    let last = writer.last_durable();
     last.map_or(0, |number| number.parse().expect("a row number"))
 }
 
 fn wait_for_rows(writer: &mut Running, rows: u64) {
     let deadline = Instant::now() + Duration::from_secs(30);
-    while durable_rows(writer) < rows {
+    while durable(writer) < rows {
         assert!(
             Instant::now() < deadline,
             "only {} rows in 30 s",
-            durable_rows(writer)
+            durable(writer)
         );
         assert!(
             writer.is_running(),
@@ -215,37 +188,25 @@ fn wait_for_rows(writer: &mut Running, rows: u64) {
     }
 }
 
-fn assert_intact(database: &Path, rows_min: u64) {
-    let check = "PRAGMA integrity_check; SELECT count(*) FROM t;";
-    let output = Cmd::new("sqlite3").arg(database).arg(check).ok();
-    let mut lines = output.stdout.lines();
-    assert_eq!(lines.next(), Some("ok"), "{}", output.describe());
-    let rows: u64 = lines
-        .next()
-        .and_then(|line| line.parse().ok())
-        .expect("a count");
-    assert!(
-        rows >= rows_min,
-        "{rows} rows of {rows_min} that were durable"
-    );
-}
-
 fn sqlite_writer_killed(env: &Env) -> Outcome {
     env.need_tools(&["sqlite3"])?;
     let mut volume = Volume::format(env, "v", &[GIB; 2], &[]);
     volume.mount(&[]);
     for journal in ["delete", "wal"] {
         let database = volume.path(&format!("{journal}.db"));
+        let script = env.path("writer.sql");
+        sqlite::write_script(&script, journal);
+        sqlite::create(&database, journal);
         let mut rows = 0;
         for round in 1..=3 {
-            let mut writer = start_writer(env, &database, journal);
+            let mut writer = sqlite::start_writer(&script, &database);
             wait_for_rows(&mut writer, round * 40);
             writer.kill();
-            rows = durable_rows(&writer).max(rows);
-            assert_intact(&database, rows);
+            rows = durable(&writer).max(rows);
+            sqlite::assert_intact(&database, rows);
         }
         volume.remount(&[]);
-        assert_intact(&database, rows);
+        sqlite::assert_intact(&database, rows);
     }
     volume.umount();
     volume.fsck_clean();
@@ -258,16 +219,19 @@ fn sqlite_daemon_killed(env: &Env) -> Outcome {
     volume.mount(&[]);
     for journal in ["delete", "wal"] {
         let database = volume.path(&format!("{journal}.db"));
+        let script = env.path("writer.sql");
+        sqlite::write_script(&script, journal);
+        sqlite::create(&database, journal);
         for round in 1..=3 {
-            let mut writer = start_writer(env, &database, journal);
+            let mut writer = sqlite::start_writer(&script, &database);
             wait_for_rows(&mut writer, round * 40);
             volume.kill_daemon_only();
             writer.kill();
-            let rows = durable_rows(&writer);
+            let rows = durable(&writer);
             volume.detach();
             volume.fsck_clean();
             volume.mount(&[]);
-            assert_intact(&database, rows);
+            sqlite::assert_intact(&database, rows);
         }
     }
     volume.umount();
