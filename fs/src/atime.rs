@@ -2,7 +2,8 @@
 //!
 //! An access time alone is no reason for a commit (ext4's `lazytime`): the inode waits in a list
 //! of its own, which the next commit takes along, whatever its reason: another change, a sync, an
-//! unmount, or the list having grown long. An inode on the list stays in memory.
+//! unmount, or the list having grown long. An inode on the list stays in memory. Access times need
+//! no room that anything else needs: a commit takes along as many as metadata has room for.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -55,12 +56,17 @@ impl FileSystem {
         self.late_atimes.lock().len()
     }
 
-    /// Puts them on the list of dirty inodes. The gate is closed.
-    pub(crate) fn take_late_atimes(&self) {
+    /// Puts at most so many of them on the list of dirty inodes, and lets go of the others: where
+    /// metadata is full, an access time lasts as long as its inode stays in memory. The gate is
+    /// closed.
+    pub(crate) fn take_late_atimes(&self, mut room: u64) {
         let late = std::mem::take(&mut *self.late_atimes.lock());
         for inode in late {
             inode.atime_late.store(false, Ordering::SeqCst);
-            self.mark_dirty(&inode);
+            if room > 0 {
+                room -= 1;
+                self.mark_dirty(&inode);
+            }
         }
     }
 }

@@ -46,8 +46,9 @@ impl FileSystem {
         self.check_writable()?;
         let inode = self.inode(ino)?;
         flags::check_setattr(&inode.state.lock().attr, set)?;
-        if let Some(size) = set.size {
-            self.truncate(&inode, size)?;
+        match set.size {
+            Some(size) => self.truncate(&inode, size)?,
+            None => self.balance_group()?,
         }
         let pass = self.gate.enter();
         // Mode and access list change together.

@@ -239,6 +239,7 @@ impl FileSystem {
                 break;
             }
         }
+        let atimes_room = self.room_for_atimes();
         self.committer.state.lock().closed += 1;
         let closing = Instant::now();
         self.gate.close();
@@ -246,7 +247,7 @@ impl FileSystem {
         // A write that failed and is repeated in the background may end at any time: as a whole
         // before the group is frozen, or after.
         let mapping = self.mapping.write();
-        self.take_late_atimes();
+        self.take_late_atimes(atimes_room);
         let changed = self.is_changed();
         if changed {
             self.encode_dirty();

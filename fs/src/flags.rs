@@ -132,6 +132,7 @@ impl FileSystem {
     /// Sets all flags of an inode.
     pub fn set_flags(&self, ino: Ino, flags: u32, cred: &Cred) -> Result<(), Errno> {
         self.check_writable()?;
+        self.balance_group()?;
         let inode = self.inode(ino)?;
         {
             let _pass = self.gate.enter();

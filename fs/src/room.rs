@@ -214,12 +214,33 @@ impl FileSystem {
     /// the next commit. Inodes and the extents of dirty pages become records at the commit.
     fn meta_need_bytes(&self) -> u64 {
         let unwritten = self.store.unwritten();
-        let dirty = self.dirty.lock().len();
-        let inodes = (dirty + self.late_atimes_count()) as u64;
+        let inodes = self.dirty.lock().len() as u64;
         let pages = (self.cache.dirty_bytes() + self.cache.writeback_bytes()) / BLOCK_SIZE;
         let bytes = unwritten.bytes + inodes * INODE_RECORD_BYTES + pages * PAGE_RECORD_BYTES;
         let touched = (unwritten.records + inodes + pages) * TOUCHED_BYTES;
         2 * bytes + touched.min(self.meta.capacity_bytes())
+    }
+
+    /// For how many late access times the next commit has room, beside all else that is not durable
+    /// yet and the room that is kept. Call it without a pass.
+    pub(crate) fn room_for_atimes(&self) -> u64 {
+        let late = self.late_atimes_count() as u64;
+        if late == 0 || self.has_ample_meta_room() {
+            return u64::MAX;
+        }
+        let kept = META_ROOM_MIN_BYTES + self.meta_need_bytes();
+        let count =
+            |free: u64| free.saturating_sub(kept) / (2 * INODE_RECORD_BYTES + TOUCHED_BYTES);
+        let growth = self.volume.meta_growth_bytes();
+        let at_end = count(self.meta.room_bytes(growth));
+        if at_end >= late {
+            return at_end;
+        }
+        match self.store.used_bytes() {
+            Ok(used) => count(self.meta.reachable_bytes(growth).saturating_sub(used)),
+            // The commit itself will say so.
+            Err(_) => 0,
+        }
     }
 
     /// A write from a cache in front of the core found no room: whoever filled that cache was told

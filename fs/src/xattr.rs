@@ -195,6 +195,7 @@ impl FileSystem {
     pub fn removexattr(&self, ino: Ino, name: &[u8]) -> Result<(), Errno> {
         check_xattr_name(name)?;
         self.check_writable()?;
+        self.balance_group()?;
         let inode = self.inode(ino)?;
         flags::check_change(&inode.state.lock().attr)?;
         let key = name_key(ino, name);

@@ -4,8 +4,6 @@
 
 mod common;
 
-use std::sync::Arc;
-
 use braidfs::{Errno, FileSystem, OpenFile, ROOT_INO, SetAttr};
 use common::rng::Rng;
 use common::*;
@@ -32,22 +30,6 @@ fn set_size(fs: &FileSystem, file: &OpenFile, size: u64) {
     fs.setattr(file.ino(), &set, &CRED).unwrap();
 }
 
-/// Takes all blocks that the volume still gives, in files of their own.
-fn fill(fs: &FileSystem) -> Vec<Arc<OpenFile>> {
-    let mut files = Vec::new();
-    for len in [MIB, PAGE] {
-        let file = create(fs, ROOT_INO, &format!("fill{len}"));
-        let bytes = pattern(len, len as usize);
-        let mut at = 0;
-        while try_write(fs, &file, at, &bytes, false) == Ok(len as u32) {
-            at += len;
-        }
-        files.push(file);
-    }
-    assert_eq!(fs.statfs().bfree, 0);
-    files
-}
-
 fn assert_full(fs: &FileSystem) {
     let file = create(fs, ROOT_INO, "more");
     assert_eq!(
@@ -68,7 +50,7 @@ fn what_was_preallocated_can_be_written_on_a_full_volume() {
         let len = 6 * MIB;
         fs.fallocate(&file, 0, 0, len).unwrap();
         assert_eq!(blocks(&fs, &file), len / PAGE);
-        let _fillers = fill(&fs);
+        let _fillers = fill_with_data(&fs, ROOT_INO);
         assert_full(&fs);
         let bytes = pattern(7, len as usize);
         for (nth, piece) in bytes.chunks(step as usize).enumerate() {
@@ -133,7 +115,7 @@ fn zeroing_moves_nothing_and_works_on_a_full_volume() {
     let mut want = pattern(3, 3 * MIB as usize);
     write(&fs, &file, 0, &want[..1 << 20]);
     write(&fs, &file, MIB, &want[1 << 20..]);
-    let _fillers = fill(&fs);
+    let _fillers = fill_with_data(&fs, ROOT_INO);
     fs.fallocate(&file, ZERO | KEEP, 5000, MIB).unwrap();
     want[5000..5000 + (1 << 20)].fill(0);
     assert!(read(&fs, &file, 0, want.len()) == want);

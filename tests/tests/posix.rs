@@ -305,7 +305,8 @@ fn write_protected(env: &Env) -> Outcome {
     // mount(8) says `rw` to its helper whether its user did or not.
     let helper = env.path("mount.braidfs");
     symlink(&env.bin, &helper).expect("a helper's name");
-    let mount = Cmd::new(helper).arg(&device.path).arg(&volume.mountpoint);
+    let members = format!("{}:{name}", volume.devices[0].display());
+    let mount = Cmd::new(helper).arg(members).arg(&volume.mountpoint);
     let told = mount.args(["-o", "rw,noatime"]).ok();
     assert!(
         told.stderr.contains("mounting read-only"),

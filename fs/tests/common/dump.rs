@@ -114,8 +114,13 @@ pub fn entries(fs: &FileSystem, dir: Ino, batch: u64) -> BTreeMap<Vec<u8>, Ino> 
 
 /// Everything that can be seen from the root.
 pub fn dump(fs: &Arc<FileSystem>) -> Dump {
+    dump_below(fs, ROOT_INO)
+}
+
+/// Everything that can be seen from a directory.
+pub fn dump_below(fs: &Arc<FileSystem>, dir: Ino) -> Dump {
     let mut out = BTreeMap::new();
-    let mut todo = vec![ROOT_INO];
+    let mut todo = vec![dir];
     while let Some(ino) = todo.pop() {
         let attr = fs.getattr(ino).expect("getattr");
         let mut node = DumpNode {

@@ -126,6 +126,26 @@ pub fn create(fs: &FileSystem, parent: Ino, name: &str) -> Arc<OpenFile> {
         .1
 }
 
+/// Takes all blocks that the volume still gives, in files of their own.
+pub fn fill_with_data(fs: &FileSystem, dir: Ino) -> Vec<Arc<OpenFile>> {
+    let mut files = Vec::new();
+    for len in [1 << 20, 4096] {
+        let file = create(fs, dir, &format!("fill{len}"));
+        let bytes = pattern(len, len as usize);
+        let mut at = 0;
+        let error = loop {
+            match try_write(fs, &file, at, &bytes, false) {
+                Ok(count) => at += u64::from(count),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(error, Errno::NOSPC);
+        files.push(file);
+    }
+    assert_eq!(fs.statfs().bfree, 0);
+    files
+}
+
 /// Waits until files get another time than before: the clock that stamps them has a step of one
 /// tick of the kernel, 10 ms at the most.
 pub fn next_tick() {
