@@ -37,6 +37,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("mkfs.ext4", "e2fsprogs"),
     ("mkfs.xfs", "xfsprogs"),
     ("mkfs.btrfs", "btrfs-progs"),
+    ("fsck", "util-linux"),
+    ("script", "bsdutils"),
     ("losetup", "mount"),
     ("swapon", "mount"),
     ("blockdev", "util-linux"),

@@ -131,7 +131,7 @@ pub fn run(args: &FsckArgs) -> Result<(), CliError> {
     meter.end();
     let outcome = outcome.map_err(|error| match error {
         FsckError::Cancelled => CliError::new(FSCK_CANCELLED, format!("{name}: {error}")),
-        FsckError::Mount(error) => operational(error.to_string()),
+        error => operational(error.to_string()),
     })?;
     if args.json {
         print::json(&json_of(&outcome)?)?;

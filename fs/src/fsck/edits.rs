@@ -4,6 +4,8 @@
 
 use std::ops::Range;
 
+use redb::ReadableTable;
+
 use braidfs_blockdev::{AlignedBuf, PAGE_SIZE, VolBlock, Volume};
 
 use super::bitmap::Bitmap;
@@ -11,7 +13,8 @@ use super::progress::FsckError;
 use super::session::Session;
 use crate::MountError;
 use crate::alloc::FREE_KNOWN_CHUNK_KEY;
-use crate::meta::offline::{FreeTable, Reader, TableChanges};
+use crate::meta::offline::{FreeTable, Offline, Reader, TableChanges};
+use crate::meta::salvage::Loss;
 use crate::meta::store::Table;
 
 /// The free space as it shall be: what the data chunks have and no extent names.
@@ -62,16 +65,24 @@ impl Edits {
         !self.tables[table as usize].is_empty()
     }
 
-    /// Makes it all durable.
-    pub(super) fn apply(&self, session: &Session) -> Result<(), FsckError> {
+    /// Makes it all durable; with losses, the damaged tables are built anew.
+    pub(super) fn apply(&self, session: &Session, has_losses: bool) -> Result<(), FsckError> {
         self.copy_blocks(&session.volume)?;
-        let reader = session.store.reader()?;
+        let salvage = match has_losses {
+            true => Some(session.salvage().ok_or(redb::Error::PreviousIo)?),
+            false => None,
+        };
         session
-            .store
-            .mend(&self.tables, |table| match &self.space {
-                Some(plan) => plan.apply(&reader, table),
+            .store()?
+            .mend(salvage.as_ref(), &self.tables, |table| match &self.space {
+                Some(plan) => plan.apply(table),
                 None => Ok(()),
             })?;
+        if let Some(salvage) = salvage {
+            let reader = Reader::Salvaged(salvage);
+            let losses: Vec<Loss> = reader.losses().into_iter().map(|(_, loss)| loss).collect();
+            drop_lost(session, &losses);
+        }
         Ok(())
     }
 
@@ -93,31 +104,41 @@ impl Edits {
     }
 }
 
+/// Gives the pages of the tables that were replaced back. It is no harm if that fails.
+fn drop_lost(session: &Session, losses: &[Loss]) {
+    let blanked = session.blank(losses);
+    let dropped = blanked.map_err(|error| error.to_string()).and_then(|()| {
+        let dropped = session.store().and_then(Offline::drop_lost);
+        dropped.map_err(|error| error.to_string())
+    });
+    if let Err(error) = dropped {
+        log::warn!("metadata: pages of damaged tables stay in use: {error}");
+    }
+}
+
 impl SpacePlan {
-    /// Changes the rows that differ, in order, without holding them all.
-    fn apply(&self, reader: &Reader, table: &mut FreeTable<'_>) -> Result<(), redb::Error> {
-        let mut wanted = self
+    /// Changes the rows that differ.
+    fn apply(&self, table: &mut FreeTable<'_>) -> Result<(), redb::Error> {
+        let wanted = |start: u64, len: u64| {
+            let after = self.data.partition_point(|chunk| chunk.end <= start);
+            let Some(chunk) = self.data.get(after).filter(|chunk| chunk.start <= start) else {
+                return false;
+            };
+            let used = |block: u64| self.used.find(block..block + 1, true).is_some();
+            let begins = start == chunk.start || used(start - 1);
+            let run = self.used.runs(start..chunk.end, false).next();
+            begins && run == Some(start..start.saturating_add(len))
+        };
+        table.retain(|start, len| start == FREE_KNOWN_CHUNK_KEY || wanted(start, len))?;
+        for run in self
             .data
             .iter()
-            .flat_map(|chunk| self.used.runs(chunk.clone(), false))
-            .map(|run| (run.start, run.end - run.start))
-            .peekable();
-        reader.scan_free::<redb::Error>(&mut |start, len| {
-            if start == FREE_KNOWN_CHUNK_KEY {
-                return Ok(());
+            .flat_map(|c| self.used.runs(c.clone(), false))
+        {
+            let len = run.end - run.start;
+            if table.get(run.start)?.map(|there| there.value()) != Some(len) {
+                table.insert(run.start, len)?;
             }
-            while let Some((start, len)) = wanted.next_if(|run| run.0 < start) {
-                table.insert(start, len)?;
-            }
-            match wanted.next_if(|run| run.0 == start) {
-                Some((_, same)) if same == len => {}
-                Some((start, len)) => drop(table.insert(start, len)?),
-                None => drop(table.remove(start)?),
-            }
-            Ok(())
-        })?;
-        for (start, len) in wanted {
-            table.insert(start, len)?;
         }
         if let Some(id) = self.known_chunk {
             table.insert(FREE_KNOWN_CHUNK_KEY, id)?;

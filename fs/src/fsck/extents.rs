@@ -25,7 +25,7 @@ pub(super) fn blocks_of(extent: &Extent) -> Range<u64> {
 }
 
 /// The parts of `blocks` that lie in `data`, which is in order.
-fn inside(data: &[Range<u64>], blocks: &Range<u64>) -> Vec<Range<u64>> {
+pub(super) fn inside(data: &[Range<u64>], blocks: &Range<u64>) -> Vec<Range<u64>> {
     let first = data.partition_point(|chunk| chunk.end <= blocks.start);
     data[first..]
         .iter()

@@ -99,6 +99,7 @@ pub fn check(volume: Arc<Volume>) -> Result<Report, MountError> {
     match run(volume, options) {
         Ok(outcome) => Ok(outcome.found),
         Err(FsckError::Mount(error)) => Err(error),
+        Err(FsckError::Store(error)) => Err(error.into()),
         Err(error @ FsckError::Cancelled) => Err(MountError::Metadata(error.into())),
     }
 }
@@ -106,43 +107,71 @@ pub fn check(volume: Arc<Volume>) -> Result<Report, MountError> {
 /// Checks a volume that was assembled read-only, and repairs it as the mode says. For a repair the
 /// devices were opened so that they can be written later.
 pub fn run(volume: Arc<Volume>, mut options: Options<'_>) -> Result<Outcome, FsckError> {
-    let session = Session::open(volume)?;
-    let outcome = check_and_repair(&session, &mut options);
+    let mut session = Session::open(volume)?;
+    let outcome = check_and_repair(&mut session, &mut options);
     let closed = session.close();
     let outcome = outcome?;
     closed?;
     Ok(outcome)
 }
 
-fn check_and_repair(session: &Session, options: &mut Options<'_>) -> Result<Outcome, FsckError> {
+fn check_and_repair(
+    session: &mut Session,
+    options: &mut Options<'_>,
+) -> Result<Outcome, FsckError> {
     let mut allowed = match options.mode {
         Mode::Repair => Classes::ALL,
         Mode::Preen => safe_classes(),
         Mode::Check | Mode::Ask => Classes::none(),
     };
-    let (found, mut edits) = examine(session, allowed, options)?;
+    let (found, mut edits, damaged) = examine_all(session, allowed, options)?;
     if options.mode == Mode::Ask && !found.is_clean() {
         for (class, count) in found.classes() {
             if (options.ask)(class, count) {
                 allowed.add(class);
             }
         }
+        if damaged && !allowed.has(Class::Store) {
+            // Damaged tables cannot be changed.
+            allowed.clear();
+        }
         if allowed != Classes::none() {
-            edits = examine(session, allowed, options)?.1;
+            edits = examine_all(session, allowed, options)?.1;
         }
     }
     let wanted = found.classes().any(|(class, _)| allowed.has(class));
-    if !wanted {
+    if !wanted || damaged && !allowed.has(Class::Store) {
         return Ok(Outcome { found, left: None });
     }
     // Labels are written again when the volume is taken for writing, and when it is closed.
     session.make_writable()?;
-    edits.apply(session)?;
-    let (left, _) = examine(session, Classes::none(), options)?;
+    edits.apply(session, damaged)?;
+    let left = examine_all(session, Classes::none(), options)?.0;
     Ok(Outcome {
         found,
         left: Some(left),
     })
+}
+
+/// All passes; where redb meets a page that it cannot read, once more over what is readable. Also
+/// tells whether it came to that.
+fn examine_all(
+    session: &Session,
+    allowed: Classes,
+    options: &mut Options<'_>,
+) -> Result<(Report, Edits, bool), FsckError> {
+    let whole = session.store()?.reader().map_err(FsckError::from);
+    let error = match whole.and_then(|reader| examine(session, &reader, allowed, options)) {
+        Err(FsckError::Store(error)) => error,
+        done => return done.map(|(report, edits)| (report, edits, false)),
+    };
+    log::warn!("metadata: {error}; going on with what can be read");
+    let Some(salvage) = session.salvage() else {
+        return Err(error.into());
+    };
+    let reader = Reader::Salvaged(salvage);
+    let (report, edits) = examine(session, &reader, allowed, options)?;
+    Ok((report, edits, true))
 }
 
 fn safe_classes() -> Classes {
@@ -156,12 +185,12 @@ fn safe_classes() -> Classes {
 /// All passes over the durable state, once.
 fn examine(
     session: &Session,
+    reader: &Reader,
     allowed: Classes,
     options: &mut Options<'_>,
 ) -> Result<(Report, Edits), FsckError> {
-    let reader = session.store.reader()?;
     let mut check = Check {
-        reader: &reader,
+        reader,
         volume: &session.volume,
         allowed,
         ticker: Ticker::new(options.cancel, options.progress),
@@ -179,6 +208,7 @@ fn examine(
         free: Bitmap::default(),
     };
     check.labels();
+    check.losses();
     check.pass_inodes()?;
     check.pass_names()?;
     check.pass_tree()?;
@@ -223,6 +253,15 @@ impl Check<'_> {
         for flaw in self.volume.label_flaws() {
             let object = format!("{}, byte {}", flaw.device, flaw.offset);
             self.problem(Class::Label, object, flaw.message);
+        }
+    }
+
+    /// Pages of the metadata store that cannot be read.
+    fn losses(&mut self) {
+        for (table, loss) in self.reader.losses() {
+            let object = format!("table {table}, byte {} of the metadata file", loss.offset);
+            let message = "cannot be read in any copy; its records are lost".to_owned();
+            self.problem(Class::Store, object, message);
         }
     }
 

@@ -27,12 +27,9 @@ pub enum FsckError {
     /// The volume cannot be read, or not be written.
     #[error(transparent)]
     Mount(#[from] MountError),
-}
-
-impl From<redb::Error> for FsckError {
-    fn from(error: redb::Error) -> Self {
-        Self::Mount(error.into())
-    }
+    /// The metadata store cannot be read, or not be written.
+    #[error("metadata store: {0}; what it holds was left as it is")]
+    Store(#[from] redb::Error),
 }
 
 impl From<braidfs_blockdev::VolumeError> for FsckError {

@@ -35,7 +35,7 @@ fn number(bytes: &[u8]) -> u64 {
 pub fn read(volume: Arc<Volume>) -> Result<Vec<Record>, MountError> {
     let session = Session::open(volume)?;
     let mut records = Vec::new();
-    let read = session.store.reader()?;
+    let read = session.store()?.reader()?;
     for (name, table) in TABLES {
         read.scan::<redb::Error>(table, &[], &[], &mut |key, value| {
             records.push((name, key.to_vec(), Some(value.to_vec())));
@@ -61,7 +61,7 @@ pub fn write(volume: Arc<Volume>, records: &[Record]) -> Result<(), FsckError> {
             changes[*table as usize].insert(key.clone(), value.clone());
         }
     }
-    session.store.mend(&changes, |table| {
+    session.store()?.mend(None, &changes, |table| {
         for (_, key, value) in records.iter().filter(|(name, ..)| *name == "free") {
             match value {
                 Some(value) => drop(table.insert(number(key), number(value))?),

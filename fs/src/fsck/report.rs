@@ -6,6 +6,8 @@
 pub enum Class {
     /// A copy of a label or of the chunk table.
     Label,
+    /// A page of the metadata store.
+    Store,
     /// A record of an inode, or one that lacks what its type needs.
     Inode,
     /// Extended attributes and lists of access.
@@ -32,8 +34,9 @@ pub enum Class {
 
 impl Class {
     /// All of them, in the order in which they are asked about.
-    pub const ALL: [Class; 12] = [
+    pub const ALL: [Class; 13] = [
         Class::Label,
+        Class::Store,
         Class::Inode,
         Class::Xattr,
         Class::Orphan,
@@ -51,6 +54,7 @@ impl Class {
     pub fn name(self) -> &'static str {
         match self {
             Class::Label => "label",
+            Class::Store => "store",
             Class::Inode => "inode",
             Class::Xattr => "xattr",
             Class::Orphan => "orphan",
@@ -69,6 +73,7 @@ impl Class {
     pub fn question(self) -> &'static str {
         match self {
             Class::Label => "Write damaged labels and chunk tables again",
+            Class::Store => "Build damaged tables anew from what can be read of them",
             Class::Inode => "Mend inode records, and remove those that cannot be",
             Class::Xattr => "Remove impossible attributes",
             Class::Orphan => "Mend the list of inodes to delete",
@@ -177,6 +182,11 @@ impl Classes {
     /// Adds one.
     pub(super) fn add(&mut self, class: Class) {
         self.0 |= 1 << class as u16;
+    }
+
+    /// Takes all away.
+    pub(super) fn clear(&mut self) {
+        *self = Self::none();
     }
 
     /// Whether it is in the set.

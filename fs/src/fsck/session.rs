@@ -9,7 +9,8 @@ use braidfs_cache::{Cache, CacheConfig};
 
 use crate::MountError;
 use crate::meta::backend::MetaFile;
-use crate::meta::store::Store;
+use crate::meta::offline::Offline;
+use crate::meta::salvage::{self, Loss, Salvage};
 
 /// Page cache of a check, in bytes.
 const CACHE_BYTES: u64 = 64 << 20;
@@ -17,9 +18,10 @@ const CACHE_BYTES: u64 = 64 << 20;
 /// An open volume.
 pub(super) struct Session {
     pub volume: Arc<Volume>,
-    pub store: Store,
     cache: Arc<Cache>,
     meta: Arc<MetaFile>,
+    /// `None` between closing it and opening it again.
+    store: Option<Offline>,
 }
 
 impl Session {
@@ -33,13 +35,13 @@ impl Session {
         let read_only = volume.is_read_only();
         let opened = MetaFile::open(Arc::clone(&volume), &cache, read_only, false)
             .map_err(|error| MountError::Metadata(error.into()))
-            .and_then(|meta| Ok((Store::open(meta.storage())?, meta)));
+            .and_then(|meta| Ok((Offline::open(meta.storage())?, meta)));
         match opened {
             Ok((store, meta)) => Ok(Self {
                 volume,
-                store,
                 cache,
                 meta,
+                store: Some(store),
             }),
             Err(error) => {
                 cache.shutdown();
@@ -48,22 +50,48 @@ impl Session {
         }
     }
 
+    /// The metadata store.
+    pub(super) fn store(&self) -> Result<&Offline, redb::Error> {
+        self.store.as_ref().ok_or(redb::Error::DatabaseClosed)
+    }
+
+    /// What can be read where redb gives up; `None` if not even the list of tables can.
+    pub(super) fn salvage(&self) -> Option<Salvage> {
+        Salvage::open(self.meta.storage())
+    }
+
+    /// See [`salvage::blank`].
+    pub(super) fn blank(&self, losses: &[Loss]) -> std::io::Result<()> {
+        salvage::blank(&self.meta.storage(), losses)
+    }
+
     /// Takes the devices for writing, and opens the store anew. No reader is left.
-    pub(super) fn make_writable(&self) -> Result<(), MountError> {
+    pub(super) fn make_writable(&mut self) -> Result<(), MountError> {
         if !self.volume.is_read_only() {
             return Ok(());
         }
         self.volume.make_writable()?;
-        self.store.reopen(|| {
-            self.meta.begin_again_to_write()?;
-            Ok(self.meta.storage())
-        })?;
+        if let Some(Err(error)) = self.store.take().map(Offline::close) {
+            // It had nothing to write, and what it has in memory is forgotten.
+            log::info!("metadata: closing what was only read: {error}");
+        }
+        self.meta
+            .begin_again_to_write()
+            .map_err(|error| MountError::Metadata(error.into()))?;
+        self.store = Some(Offline::open(self.meta.storage())?);
         Ok(())
     }
 
     /// Ends it; a volume that was written is marked clean.
-    pub(super) fn close(self) -> Result<(), MountError> {
-        let stored = self.store.close();
+    pub(super) fn close(mut self) -> Result<(), MountError> {
+        let mut stored = self.store.take().map_or(Ok(()), Offline::close);
+        if let Err(error) = &stored
+            && self.volume.is_read_only()
+        {
+            // Nothing was to be written; redb may have given up on a page.
+            log::info!("metadata: closing what was only read: {error}");
+            stored = Ok(());
+        }
         let synced = self.meta.close();
         self.cache.shutdown();
         stored?;

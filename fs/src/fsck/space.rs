@@ -8,6 +8,7 @@ use braidfs_blockdev::{ChunkKind, Volume};
 use super::Check;
 use super::bitmap::Bitmap;
 use super::edits::SpacePlan;
+use super::extents::inside;
 use super::progress::FsckError;
 use super::report::Class;
 use crate::alloc::FREE_KNOWN_CHUNK_KEY;
@@ -69,13 +70,10 @@ impl Check<'_> {
                 return Ok(());
             }
             let run = start..start.saturating_add(len);
+            let parts = inside(&self.data, &run);
             let fault = if len == 0 || start.checked_add(len).is_none() {
                 Some("are an impossible free run")
-            } else if !self
-                .data
-                .iter()
-                .any(|c| c.start <= run.start && run.end <= c.end)
-            {
+            } else if parts != [run] {
                 Some("are free, and not all in data chunks")
             } else {
                 None
@@ -85,11 +83,8 @@ impl Check<'_> {
                 let object = format!("blocks {start}+{len}");
                 self.problem(Class::Space, object, message.into());
             }
-            for chunk in &self.data {
-                let part = run.start.max(chunk.start)..run.end.min(chunk.end);
-                if part.start < part.end {
-                    self.free.add(part, &mut twice);
-                }
+            for part in parts {
+                self.free.add(part, &mut twice);
             }
             Ok(())
         })?;

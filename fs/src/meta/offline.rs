@@ -2,16 +2,25 @@
 //! snapshot, and mended in one commit.
 //!
 //! Nothing else uses the store meanwhile, so there are no groups: a [`Reader`] sees the durable
-//! state alone, and [`Store::mend`] makes a set of changes durable, all or none.
+//! state alone, and [`Offline::mend`] makes a set of changes durable, all or none.
+//!
+//! Where pages cannot be read, the reader goes by [`Salvage`]. A table that has lost records is
+//! then built anew in the same commit: the old one gets another name, and once that is durable its
+//! pages are given back ([`Offline::drop_lost`]). After a power cut in between it lies there unused
+//! until the next repair.
 
 use std::ops::Bound;
 
 use redb::{
-    Durability, ReadOnlyTable, ReadableDatabase, ReadableTable, ReadableTableMetadata,
-    Table as RedbTable,
+    Database, Durability, ReadOnlyTable, ReadableDatabase, ReadableTable, ReadableTableMetadata,
+    StorageBackend, Table as RedbTable, TableDefinition, TableHandle, WriteTransaction,
 };
 
-use super::store::{Base, Changes, FREE, Store, TABLE_COUNT, Table, write_changes};
+use super::salvage::{Loss, Salvage};
+use super::store::{
+    Base, Changes, DEFINITION_NAMES, DEFINITIONS, FREE, FREE_NAME, Store, TABLE_COUNT, Table,
+    write_changes,
+};
 
 /// Changes of all tables but that of free space.
 pub(crate) type TableChanges = [Changes; TABLE_COUNT];
@@ -19,27 +28,56 @@ pub(crate) type TableChanges = [Changes; TABLE_COUNT];
 /// The table of free space inside a transaction.
 pub(crate) type FreeTable<'a> = RedbTable<'a, u64, u64>;
 
+/// What the names of tables that were replaced begin with.
+const LOST: &str = "lost-";
+
 /// One durable snapshot.
-pub(crate) struct Reader {
-    base: Base,
-    free: ReadOnlyTable<u64, u64>,
+pub(crate) enum Reader {
+    /// By redb, all of it readable so far.
+    Whole {
+        base: Base,
+        free: ReadOnlyTable<u64, u64>,
+    },
+    /// What is left of it.
+    Salvaged(Salvage),
 }
+
+/// The number of the table of free space for [`Salvage`].
+const FREE_NUMBER: usize = TABLE_COUNT;
 
 impl Reader {
     /// Records of a table.
     pub(crate) fn len(&self, table: Table) -> Result<u64, redb::Error> {
-        Ok(self.base[table as usize].len()?)
+        match self {
+            Reader::Whole { base, .. } => Ok(base[table as usize].len()?),
+            Reader::Salvaged(salvage) => Ok(salvage.len(table as usize)),
+        }
     }
 
     /// Runs of free blocks.
     pub(crate) fn free_len(&self) -> Result<u64, redb::Error> {
-        Ok(self.free.len()?)
+        match self {
+            Reader::Whole { free, .. } => Ok(free.len()?),
+            Reader::Salvaged(salvage) => Ok(salvage.len(FREE_NUMBER)),
+        }
     }
 
     /// The value of `key`.
     pub(crate) fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, redb::Error> {
-        let found = self.base[table as usize].get(key)?;
-        Ok(found.map(|guard| guard.value().to_vec()))
+        match self {
+            Reader::Whole { base, .. } => {
+                let found = base[table as usize].get(key)?;
+                Ok(found.map(|guard| guard.value().to_vec()))
+            }
+            Reader::Salvaged(salvage) => {
+                let mut value = None;
+                salvage.scan::<redb::Error>(table as usize, key, &mut |found, bytes| {
+                    value = (found == key).then(|| bytes.to_vec());
+                    Ok(false)
+                })?;
+                Ok(value)
+            }
+        }
     }
 
     /// Hands the records with `from <= key`, and a key that begins with `prefix`, to `each`, in
@@ -51,8 +89,19 @@ impl Reader {
         prefix: &[u8],
         each: &mut dyn FnMut(&[u8], &[u8]) -> Result<(), E>,
     ) -> Result<(), E> {
+        let base = match self {
+            Reader::Whole { base, .. } => base,
+            Reader::Salvaged(salvage) => {
+                return salvage.scan(table as usize, from, &mut |key, value| {
+                    if !key.starts_with(prefix) {
+                        return Ok(false);
+                    }
+                    each(key, value).map(|()| true)
+                });
+            }
+        };
         let bounds = (Bound::Included(from), Bound::Unbounded);
-        let range = self.base[table as usize].range::<&[u8]>(bounds);
+        let range = base[table as usize].range::<&[u8]>(bounds);
         for entry in range.map_err(redb::Error::from)? {
             let (key, value) = entry.map_err(redb::Error::from)?;
             if !key.value().starts_with(prefix) {
@@ -68,40 +117,131 @@ impl Reader {
         &self,
         each: &mut dyn FnMut(u64, u64) -> Result<(), E>,
     ) -> Result<(), E> {
-        for entry in self.free.iter().map_err(redb::Error::from)? {
+        let free = match self {
+            Reader::Whole { free, .. } => free,
+            Reader::Salvaged(salvage) => {
+                let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
+                return salvage.scan(FREE_NUMBER, &[], &mut |start, len| {
+                    each(number(start), number(len)).map(|()| true)
+                });
+            }
+        };
+        for entry in free.iter().map_err(redb::Error::from)? {
             let (start, len) = entry.map_err(redb::Error::from)?;
             each(start.value(), len.value())?;
         }
         Ok(())
     }
+
+    /// The pages that cannot be read, with the names of their tables.
+    pub(crate) fn losses(&self) -> Vec<(&'static str, Loss)> {
+        let Reader::Salvaged(salvage) = self else {
+            return Vec::new();
+        };
+        let names = DEFINITION_NAMES.into_iter().chain([FREE_NAME]);
+        let of_table = |(number, name): (usize, &'static str)| {
+            let losses = salvage.losses(number);
+            losses.into_iter().map(move |loss| (name, loss))
+        };
+        names.enumerate().flat_map(of_table).collect()
+    }
 }
 
-impl Store {
+/// Gives a table another name, under which none is yet.
+fn rename_lost(write: &WriteTransaction, name: &str) -> Result<(), redb::Error> {
+    let taken: Vec<String> = write
+        .list_tables()?
+        .map(|table| table.name().to_owned())
+        .collect();
+    let mut lost = format!("{LOST}{name}");
+    while taken.contains(&lost) {
+        lost.push('-');
+    }
+    let old: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new(name);
+    let new: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new(&lost);
+    Ok(write.rename_table(old, new)?)
+}
+
+/// Builds the tables with losses anew from what is readable.
+fn rebuild(write: &WriteTransaction, salvage: &Salvage) -> Result<(), redb::Error> {
+    for (number, definition) in DEFINITIONS.into_iter().enumerate() {
+        if salvage.losses(number).is_empty() {
+            continue;
+        }
+        rename_lost(write, DEFINITION_NAMES[number])?;
+        let mut table = write.open_table(definition)?;
+        salvage.scan::<redb::Error>(number, &[], &mut |key, value| {
+            table.insert(key, value)?;
+            Ok(true)
+        })?;
+    }
+    if !salvage.losses(FREE_NUMBER).is_empty() {
+        rename_lost(write, FREE_NAME)?;
+        let mut table = write.open_table(FREE)?;
+        let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
+        salvage.scan::<redb::Error>(FREE_NUMBER, &[], &mut |start, len| {
+            table.insert(number(start), number(len))?;
+            Ok(true)
+        })?;
+    }
+    Ok(())
+}
+
+/// The store, without the groups of a mounted one. Opening it reads the list of tables at the most.
+pub(crate) struct Offline(Database);
+
+impl Offline {
+    /// Opens what is there.
+    pub(crate) fn open(backend: impl StorageBackend) -> Result<Self, redb::Error> {
+        Store::open_database(backend).map(Self)
+    }
+
     /// The durable state as it is now.
     pub(crate) fn reader(&self) -> Result<Reader, redb::Error> {
-        let db = self.db.lock();
-        let db = db.as_ref().ok_or(redb::Error::DatabaseClosed)?;
-        let base = Self::snapshot(db)?;
-        let free = db.begin_read()?.open_table(FREE)?;
-        Ok(Reader { base, free })
+        let base = Store::snapshot(&self.0)?;
+        let free = self.0.begin_read()?.open_table(FREE)?;
+        Ok(Reader::Whole { base, free })
+    }
+
+    fn begin(&self) -> Result<WriteTransaction, redb::Error> {
+        let mut write = self.0.begin_write()?;
+        write.set_durability(Durability::Immediate)?;
+        write.set_quick_repair(true);
+        Ok(write)
     }
 
     /// Makes changes durable in one commit, with what `space` does to the table of free space.
+    /// Tables that have lost pages, going by `salvage`, are built anew first.
     pub(crate) fn mend(
         &self,
+        salvage: Option<&Salvage>,
         changes: &TableChanges,
         space: impl FnOnce(&mut FreeTable<'_>) -> Result<(), redb::Error>,
     ) -> Result<(), redb::Error> {
-        let db = self.db.lock();
-        let db = db.as_ref().ok_or(redb::Error::DatabaseClosed)?;
-        let mut write = db.begin_write()?;
-        write.set_durability(Durability::Immediate)?;
-        write.set_quick_repair(true);
+        let write = self.begin()?;
+        if let Some(salvage) = salvage {
+            rebuild(&write, salvage)?;
+        }
         write_changes(&write, changes)?;
         {
             let mut free = write.open_table(FREE)?;
             space(&mut free)?;
         }
         Ok(write.commit()?)
+    }
+
+    /// Deletes the tables that were replaced, with all pages that they still lead to.
+    pub(crate) fn drop_lost(&self) -> Result<(), redb::Error> {
+        let write = self.begin()?;
+        let tables: Vec<_> = write.list_tables()?.collect();
+        for table in tables.into_iter().filter(|t| t.name().starts_with(LOST)) {
+            write.delete_table(table)?;
+        }
+        Ok(write.commit()?)
+    }
+
+    /// Ends its use. Nobody reads any more.
+    pub(crate) fn close(self) -> Result<(), redb::Error> {
+        Ok(self.0.close()?)
     }
 }

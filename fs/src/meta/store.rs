@@ -45,18 +45,29 @@ pub(super) const TABLE_COUNT: usize = 7;
 
 type Definition = TableDefinition<'static, &'static [u8], &'static [u8]>;
 
-pub(super) const DEFINITIONS: [Definition; TABLE_COUNT] = [
-    TableDefinition::new("inodes"),
-    TableDefinition::new("dentries"),
-    TableDefinition::new("cookies"),
-    TableDefinition::new("extents"),
-    TableDefinition::new("xattrs"),
-    TableDefinition::new("orphans"),
-    TableDefinition::new("settings"),
+/// Their names on the devices.
+pub(super) const DEFINITION_NAMES: [&str; TABLE_COUNT] = [
+    "inodes", "dentries", "cookies", "extents", "xattrs", "orphans", "settings",
 ];
 
+pub(super) const DEFINITIONS: [Definition; TABLE_COUNT] = {
+    let [a, b, c, d, e, f, g] = DEFINITION_NAMES;
+    [
+        TableDefinition::new(a),
+        TableDefinition::new(b),
+        TableDefinition::new(c),
+        TableDefinition::new(d),
+        TableDefinition::new(e),
+        TableDefinition::new(f),
+        TableDefinition::new(g),
+    ]
+};
+
+/// Name of the table of free space.
+pub(super) const FREE_NAME: &str = "free";
+
 /// Free space: first block -> blocks. Only commits touch it; see [`crate::alloc`].
-pub(super) const FREE: TableDefinition<'static, u64, u64> = TableDefinition::new("free");
+pub(super) const FREE: TableDefinition<'static, u64, u64> = TableDefinition::new(FREE_NAME);
 
 /// Rough cost in memory of one entry of a group, over its key and value.
 const ENTRY_OVERHEAD_BYTES: usize = 96;
@@ -120,7 +131,7 @@ struct State {
 /// The metadata store.
 pub(crate) struct Store {
     /// `None` once closed. Only commits lock it for long.
-    pub(super) db: Mutex<Option<Database>>,
+    db: Mutex<Option<Database>>,
     /// Bytes of the pages in use, if counted since the last commit.
     used: Mutex<Option<u64>>,
     state: RwLock<State>,
@@ -185,7 +196,9 @@ impl Store {
         })
     }
 
-    fn open_database(backend: impl redb::StorageBackend) -> Result<Database, redb::Error> {
+    pub(super) fn open_database(
+        backend: impl redb::StorageBackend,
+    ) -> Result<Database, redb::Error> {
         Ok(Database::builder()
             .set_cache_size(REDB_CACHE_BYTES)
             .create_with_backend(backend)?)

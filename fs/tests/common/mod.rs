@@ -3,6 +3,7 @@
 
 pub mod acl;
 pub mod content;
+pub mod damage;
 pub mod dump;
 pub mod model;
 pub mod rng;
