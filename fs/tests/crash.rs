@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 
 use braidfs::{FileSystem, MountOptions, ROOT_INO};
 use braidfs_blockdev::SimDevice;
+use braidfs_blockdev::device::sim::{SimEvent, SimHistory, SimLoss, SimReplay};
 use common::dump::{Dump, dump};
-use common::record::{Event, LOSSES, Recorder, Replay};
 use common::rng::Rng;
 use common::world::{Done, Journal, Limits, World};
 use common::*;
@@ -39,8 +39,8 @@ fn small_cache() -> MountOptions {
 /// A workload that ran: what reached the devices in which order, and what the tree was after
 /// each operation.
 struct History {
-    base: Replay,
-    events: Vec<Event>,
+    base: SimReplay,
+    events: Vec<SimEvent>,
     /// After operation n, from 0.
     dumps: Vec<Dump>,
     /// No state older than this may be found once operation n had ended.
@@ -51,9 +51,9 @@ fn record(seed: u64, ops: u64) -> History {
     let count = 1 + seed % 3;
     let devices = devices(count as usize, (60 << 20) / count);
     format(&devices);
-    let base = Replay::new(&devices);
-    let recorder = Recorder::new(&devices);
-    let fs = mount_members(recorder.members(), small_cache());
+    let base = SimReplay::new(&devices);
+    let recorder = SimHistory::of(&devices);
+    let fs = mount_with(&devices, small_cache());
     let limits = Limits {
         size: 150 << 10,
         io: 100 << 10,
@@ -106,10 +106,10 @@ fn check_state(history: &History, state: &State) {
     if state.number.is_multiple_of(2) {
         check(&state.wrecks);
     }
-    let recorder = Recorder::new(&state.wrecks);
+    let recorder = SimHistory::of(&state.wrecks);
     let thorough = state.number.is_multiple_of(8);
-    let base = thorough.then(|| Replay::new(&state.wrecks));
-    let fs = mount_members(recorder.members(), small_cache());
+    let base = thorough.then(|| SimReplay::new(&state.wrecks));
+    let fs = mount_with(&state.wrecks, small_cache());
     let found = dump(&fs);
     let is_found = |n: &u64| history.dumps[*n as usize] == found;
     let Some(at) = (oldest..=youngest).rev().find(is_found) else {
@@ -143,7 +143,7 @@ fn check_state(history: &History, state: &State) {
         for event in &events[..end] {
             base.step(event);
         }
-        let again = base.wreck(*rng.pick(&LOSSES), at);
+        let again = base.wreck(SimLoss::draw(rng.next(), base.pending(), base.devices()));
         check(&again);
         let fs = mount_with(&again, small_cache());
         let mut now = dump(&fs);
@@ -206,7 +206,7 @@ fn check_all<T: Send>(make: impl FnOnce(&mut dyn FnMut(T)), check_one: impl Fn(T
 fn cut_everywhere(seed: u64, ops: u64, states_wanted: u64) -> usize {
     let history = record(seed, ops);
     let points = history.events.iter();
-    let points = points.filter(|event| !matches!(event, Event::Mark(_)));
+    let points = points.filter(|event| !matches!(event, SimEvent::Mark(_)));
     let points = points.count() as u64;
     let make = |send: &mut dyn FnMut(State)| {
         let mut rng = Rng(seed);
@@ -214,21 +214,22 @@ fn cut_everywhere(seed: u64, ops: u64, states_wanted: u64) -> usize {
         let (mut ended, mut made) = (0, 0);
         for (nth, event) in history.events.iter().enumerate() {
             replay.step(event);
-            if let Event::Mark(number) = event {
+            if let SimEvent::Mark(number) = event {
                 ended = *number;
                 continue;
             }
-            // At a few points all kinds of loss, at the others one of them or none.
+            // At a few points several kinds of loss, at the others one of them or none.
             let losses = match rng.below(points) {
-                drawn if drawn < states_wanted / 10 => &LOSSES[..],
-                drawn if drawn < states_wanted => std::slice::from_ref(rng.pick(&LOSSES)),
-                _ => &[],
+                drawn if drawn < states_wanted / 10 => 6,
+                drawn if drawn < states_wanted => 1,
+                _ => 0,
             };
-            for &loss in losses {
+            for _ in 0..losses {
+                let loss = SimLoss::draw(rng.next(), replay.pending(), replay.devices());
                 send(State {
-                    wrecks: replay.wreck(loss, rng.next()),
+                    wrecks: replay.wreck(loss),
                     range: (history.durable[ended as usize], (ended + 1).min(ops)),
-                    what: format!("SEED={seed}: cut after event {nth}, {loss:?}"),
+                    what: format!("SEED={seed}: cut after event {nth}, {loss}"),
                     number: made,
                 });
                 made += 1;
@@ -297,9 +298,9 @@ fn files_replaced_by_many_threads_are_old_or_new_and_whole() {
     let states = number("STATES").unwrap_or(300);
     let devices = devices(2, 48 << 20);
     format(&devices);
-    let base = Replay::new(&devices);
-    let recorder = Recorder::new(&devices);
-    let fs = mount_members(recorder.members(), small_cache());
+    let base = SimReplay::new(&devices);
+    let recorder = SimHistory::of(&devices);
+    let fs = mount_with(&devices, small_cache());
     let ended: Vec<_> = (0..THREADS).map(|_| AtomicU64::new(0)).collect();
     let versions = || -> Vec<u64> {
         let loaded = ended.iter().map(|ended| ended.load(Ordering::SeqCst));
@@ -350,12 +351,12 @@ fn files_replaced_by_many_threads_are_old_or_new_and_whole() {
         let mut synced = 0;
         for (nth, event) in events.iter().enumerate() {
             replay.step(event);
-            if let Event::Mark(number) = event {
+            if let SimEvent::Mark(number) = event {
                 synced = *number as usize;
             } else if rng.below(points) < states {
-                let loss = *rng.pick(&LOSSES);
-                let what = format!("cut after event {nth}, {loss:?}");
-                send((replay.wreck(loss, rng.next()), &promised[synced], what));
+                let loss = SimLoss::draw(rng.next(), replay.pending(), replay.devices());
+                let what = format!("cut after event {nth}, {loss}");
+                send((replay.wreck(loss), &promised[synced], what));
             }
         }
     };

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use braidfs::{Errno, FileSystem, MountOptions, ROOT_INO, SetAttr};
-use braidfs_blockdev::{ChunkKind, ErrorKind, Op, SimDevice, device::sim::SimEffect};
-use common::record::{Loss, Recorder, Replay};
+use braidfs_blockdev::device::sim::{SimEffect, SimHistory, SimLoss, SimReplay};
+use braidfs_blockdev::{ChunkKind, ErrorKind, Op, SimDevice};
 use common::*;
 
 const MIB: usize = 1 << 20;
@@ -33,14 +33,11 @@ fn size(size: u64) -> SetAttr {
 }
 
 /// The devices as a power cut now leaves them, if everything not flushed is lost.
-fn cut(devices: &[Arc<SimDevice>], recorder: &Recorder, base: &Replay) -> Vec<Arc<SimDevice>> {
+fn cut(history: &SimHistory, base: &SimReplay) -> Vec<Arc<SimDevice>> {
     let mut replay = base.clone();
-    recorder
-        .events()
-        .iter()
-        .for_each(|event| replay.step(event));
-    assert!(!devices.is_empty());
-    replay.wreck(Loss::All, 1)
+    let events = history.events();
+    events.iter().for_each(|event| replay.step(event));
+    replay.wreck(SimLoss::All)
 }
 
 #[test]
@@ -213,15 +210,15 @@ fn splintered(fs: &FileSystem, name: &str) -> Arc<braidfs::OpenFile> {
 fn an_unlinked_file_that_is_truncated_in_steps_is_still_deleted_after_a_power_cut() {
     let devices = devices(2, 64 << 20);
     format(&devices);
-    let base = Replay::new(&devices);
-    let recorder = Recorder::new(&devices);
-    let fs = mount_members(recorder.members(), options());
+    let base = SimReplay::new(&devices);
+    let history = SimHistory::of(&devices);
+    let fs = mount_with(&devices, options());
     let file = splintered(&fs, "f");
     fs.unlink(ROOT_INO, b"f").unwrap();
     fs.sync().unwrap();
     fs.setattr(file.ino(), &size(5000), &CRED).unwrap();
     fs.sync().unwrap();
-    let wrecks = cut(&devices, &recorder, &base);
+    let wrecks = cut(&history, &base);
     let report = check(&wrecks);
     assert_eq!((report.inodes, report.orphans), (2, 1));
     let after = mount(&wrecks);
@@ -284,16 +281,16 @@ fn blocks_set_aside_behind_the_end_go_with_the_file() {
 fn after_a_power_cut_and_clean(bytes: &[u8]) -> [Vec<Arc<SimDevice>>; 2] {
     let devices = devices(2, 32 << 20);
     format(&devices);
-    let base = Replay::new(&devices);
-    let recorder = Recorder::new(&devices);
-    let fs = mount_members(recorder.members(), options());
+    let base = SimReplay::new(&devices);
+    let history = SimHistory::of(&devices);
+    let fs = mount_with(&devices, options());
     let file = create(&fs, ROOT_INO, "f");
     write(&fs, &file, 0, bytes);
     fs.fsync(&file, false).unwrap();
     create(&fs, ROOT_INO, "open");
     fs.unlink(ROOT_INO, b"open").unwrap();
     fs.sync().unwrap();
-    let wrecks = cut(&devices, &recorder, &base);
+    let wrecks = cut(&history, &base);
     fs.unmount().unwrap();
     [wrecks, devices]
 }

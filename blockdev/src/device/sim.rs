@@ -5,94 +5,35 @@
 //! unflushed version; a flush makes them durable. [`SimDevice::crash`] gives an image in which each
 //! unflushed sector has any of its versions or none, by a seeded coin toss: that covers reordering,
 //! lost writes and writes torn at a sector edge. Same seed, same wreck.
+//!
+//! Several devices may tell one [`SimHistory`] what they do, in one order; a [`SimReplay`] of it
+//! makes the devices after a power cut at any point, as often as wanted.
+//!
+//! Lock order: a device's state, then the history.
+
+mod fault;
+mod history;
+mod image;
+mod power;
+
+pub use fault::{SimEffect, SimFault, SimKind, SimPlan};
+pub use history::{SimEvent, SimHistory, SimLoss, SimPiece, SimReplay};
+pub use image::{SimImage, SimPage};
+pub use power::SimPower;
 
 use super::{BlockDevice, bytes};
 use crate::error::{ErrorKind, Op};
 use crate::request::DeviceRequest;
 use crate::units::{BLOCK_SIZE, PAGE_SIZE, dev_len, mem_len};
+use history::sectors_of;
 use parking_lot::Mutex;
+use power::Power;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 /// The unit that a power cut writes whole or not at all.
 pub const SECTOR: usize = 512;
-
-/// Power shared by several devices: counts their writes and flushes, and fails at a chosen one.
-#[derive(Debug)]
-pub struct SimPower {
-    ops: AtomicU64,
-    cut_at: AtomicU64,
-}
-
-impl Default for SimPower {
-    fn default() -> Self {
-        SimPower {
-            ops: AtomicU64::new(0),
-            cut_at: AtomicU64::new(u64::MAX),
-        }
-    }
-}
-
-impl SimPower {
-    /// Power that stays on.
-    pub fn new() -> Arc<SimPower> {
-        Arc::default()
-    }
-
-    /// Writes and flushes begun so far.
-    pub fn ops(&self) -> u64 {
-        self.ops.load(Ordering::SeqCst)
-    }
-
-    /// Fails when operation number `ops` (counted from 0) begins: a write then may have landed in
-    /// part, everything after is lost.
-    pub fn cut_at(&self, ops: u64) {
-        self.cut_at.store(ops, Ordering::SeqCst);
-    }
-
-    fn begin(&self) -> Power {
-        let number = self.ops.fetch_add(1, Ordering::SeqCst);
-        match number.cmp(&self.cut_at.load(Ordering::SeqCst)) {
-            std::cmp::Ordering::Less => Power::On,
-            std::cmp::Ordering::Equal => Power::Failing,
-            std::cmp::Ordering::Greater => Power::Off,
-        }
-    }
-
-    fn is_off(&self) -> bool {
-        self.ops() > self.cut_at.load(Ordering::SeqCst)
-    }
-}
-
-enum Power {
-    On,
-    Failing,
-    Off,
-}
-
-/// What a fault does to a request that touches its range.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SimEffect {
-    /// The request fails as a whole; nothing is transferred.
-    Fail(ErrorKind),
-    /// Only so many bytes are transferred.
-    Short(u64),
-    /// A write lands so many bytes further on, and is reported as good.
-    Misdirect(u64),
-    /// A write transfers only so many bytes and is reported as good.
-    Tear(u64),
-    /// A write is reported as good and dropped.
-    Lose,
-}
-
-struct Fault {
-    op: Op,
-    range: Range<u64>,
-    effect: SimEffect,
-    times: Option<u32>,
-}
 
 /// One executed request.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -107,21 +48,27 @@ pub struct SimRecord {
     pub result: Result<u64, ErrorKind>,
 }
 
-type Versions = Vec<Box<[u8; PAGE_SIZE]>>;
+type Versions = Vec<Arc<SimPage>>;
 
-#[derive(Default)]
 struct State {
-    durable: Vec<u8>,
+    durable: SimImage,
     /// Unflushed versions of a page, oldest first; a crash chooses for each of its sectors.
     cache: BTreeMap<usize, Versions>,
-    faults: Vec<Fault>,
+    faults: Vec<SimFault>,
     log: Vec<SimRecord>,
     holding: bool,
     held: Vec<DeviceRequest>,
+    /// How many requests came so far.
+    requests: u64,
+    /// More pages than this cannot be stored.
+    room_pages: u64,
+    /// Who is told, and as which device.
+    history: Option<(Arc<SimHistory>, usize)>,
 }
 
 /// A device in memory that records what it is asked and fails as told.
 pub struct SimDevice {
+    me: Weak<SimDevice>,
     name: String,
     size_bytes: u64,
     power: Arc<SimPower>,
@@ -131,35 +78,86 @@ pub struct SimDevice {
 impl SimDevice {
     /// A zeroed device with power of its own.
     pub fn new(name: &str, size_bytes: u64) -> Arc<SimDevice> {
-        Self::from_image(name, vec![0; mem_len(size_bytes)], &SimPower::new())
+        Self::with_image(
+            name,
+            SimImage::zeroed(mem_len(size_bytes)),
+            &SimPower::new(),
+        )
     }
 
     /// A device that holds `image`.
     pub fn from_image(name: &str, image: Vec<u8>, power: &Arc<SimPower>) -> Arc<SimDevice> {
-        Arc::new(SimDevice {
+        Self::with_image(name, SimImage::of(&image), power)
+    }
+
+    /// A device that holds `image`, whose pages it shares.
+    pub fn with_image(name: &str, image: SimImage, power: &Arc<SimPower>) -> Arc<SimDevice> {
+        Arc::new_cyclic(|me| SimDevice {
+            me: me.clone(),
             name: name.to_owned(),
             size_bytes: crate::units::round_down(dev_len(image.len()), BLOCK_SIZE),
             power: power.clone(),
             state: Mutex::new(State {
                 durable: image,
-                ..State::default()
+                cache: BTreeMap::new(),
+                faults: Vec::new(),
+                log: Vec::new(),
+                holding: false,
+                held: Vec::new(),
+                requests: 0,
+                room_pages: u64::MAX,
+                history: None,
             }),
         })
     }
 
+    /// From now on `history` is told of each write and flush.
+    pub(super) fn tell(&self, history: &Arc<SimHistory>, index: usize) {
+        self.state.lock().history = Some((history.clone(), index));
+    }
+
     /// The next `times` requests (all, if `None`) of kind `op` that touch `range` meet `effect`.
     pub fn inject(&self, op: Op, range: Range<u64>, effect: SimEffect, times: Option<u32>) {
-        self.state.lock().faults.push(Fault {
+        self.state.lock().faults.push(SimFault {
             op,
             range,
             effect,
             times,
+            from_request: 0,
         });
+    }
+
+    /// Adds the faults of a plan, which counts requests from now on.
+    pub fn follow(&self, plan: &SimPlan) {
+        let mut state = self.state.lock();
+        let now = state.requests;
+        let faults = plan.faults.iter().cloned().map(|fault| SimFault {
+            from_request: fault.from_request + now,
+            ..fault
+        });
+        state.faults.extend(faults);
     }
 
     /// Takes all faults back.
     pub fn heal(&self) {
         self.state.lock().faults.clear();
+    }
+
+    /// A device that was silent answers again: its faults are gone, and it executes what waited.
+    pub fn come_back(&self) {
+        self.heal();
+        self.release_all();
+    }
+
+    /// The store behind the device has room for so many pages that are not zero (`None`: for all).
+    /// A write that needs more fails with ENOSPC.
+    pub fn limit_room(&self, pages: Option<u64>) {
+        self.state.lock().room_pages = pages.unwrap_or(u64::MAX);
+    }
+
+    /// How many pages that are not zero are stored.
+    pub fn stored_pages(&self) -> u64 {
+        self.state.lock().stored_pages()
     }
 
     /// While on, requests wait for [`Self::release`].
@@ -184,8 +182,10 @@ impl SimDevice {
             return false;
         }
         let request = state.held.remove(index);
+        let late = |effect: &SimEffect| matches!(effect, SimEffect::Hang | SimEffect::Delay(_));
+        let effect = state.fault(&request).filter(|effect| !late(effect));
         drop(state);
-        self.execute(request);
+        self.execute(request, effect);
         true
     }
 
@@ -218,20 +218,39 @@ impl SimDevice {
     /// Changes stored bytes behind everybody's back, durably.
     pub fn poke(&self, offset: u64, bytes: &[u8]) {
         let mut state = self.state.lock();
-        for (at, byte) in (mem_len(offset)..).zip(bytes) {
-            if let Some(versions) = state.cache.get_mut(&(at / PAGE_SIZE)) {
-                for version in versions {
-                    version[at % PAGE_SIZE] = *byte;
-                }
+        let (start, mut done) = (mem_len(offset), 0);
+        while done < bytes.len() {
+            let (page, within) = ((start + done) / PAGE_SIZE, (start + done) % PAGE_SIZE);
+            let len = (PAGE_SIZE - within).min(bytes.len() - done);
+            let part = &bytes[done..done + len];
+            let change = |mut page: [u8; PAGE_SIZE]| {
+                page[within..within + len].copy_from_slice(part);
+                SimPage::new(&page)
+            };
+            for version in state.cache.get_mut(&page).into_iter().flatten() {
+                *version = change(*version.bytes());
             }
-            state.durable[at] = *byte;
+            let changed = change(state.durable.copy_of(page));
+            state.durable.set_page(page, changed);
+            done += len;
         }
     }
 
     /// What the device holds, caches included: an image after a clean end.
     pub fn image(&self) -> Vec<u8> {
+        self.snapshot().to_vec()
+    }
+
+    /// The same, sharing the pages.
+    pub fn snapshot(&self) -> SimImage {
         let state = self.state.lock();
-        state.read(0, state.durable.len())
+        let mut image = state.durable.clone();
+        for (page, versions) in &state.cache {
+            if let Some(newest) = versions.last() {
+                image.set_page(*page, newest.clone());
+            }
+        }
+        image
     }
 
     /// An image after a power cut now. Requests that are held may have landed in part.
@@ -254,20 +273,20 @@ impl SimDevice {
         }
         let mut random = seed ^ 0x9e37_79b9_7f4a_7c15;
         for (page, versions) in cache {
-            for at in (0..PAGE_SIZE).step_by(SECTOR) {
+            for sector in 0..PAGE_SIZE / SECTOR {
                 let chosen = splitmix(&mut random) % (dev_len(versions.len()) + 1);
                 let Some(index) = mem_len(chosen).checked_sub(1) else {
                     continue;
                 };
-                let place = page * PAGE_SIZE + at;
-                image[place..place + SECTOR].copy_from_slice(&versions[index][at..at + SECTOR]);
+                image.set_sectors(page, &versions[index], 1 << sector);
             }
         }
-        image
+        image.to_vec()
     }
 
-    fn execute(&self, request: DeviceRequest) {
-        let result = self.perform(&request);
+    /// Does what the request asks, as its fault and the power allow, and ends it.
+    fn execute(&self, request: DeviceRequest, effect: Option<SimEffect>) {
+        let result = self.perform(&request, effect);
         let (op, offset, len) = (request.op(), request.offset(), request.len());
         self.state.lock().log.push(SimRecord {
             op,
@@ -278,19 +297,23 @@ impl SimDevice {
         request.end(result);
     }
 
-    fn perform(&self, request: &DeviceRequest) -> Result<u64, ErrorKind> {
+    fn perform(
+        &self,
+        request: &DeviceRequest,
+        effect: Option<SimEffect>,
+    ) -> Result<u64, ErrorKind> {
         let (op, offset, len) = (request.op(), request.offset(), request.len());
         let end = offset
             .checked_add(len)
             .filter(|&end| end <= self.size_bytes);
         let end = end.ok_or(ErrorKind::OutOfRange)?;
+        let mut state = self.state.lock();
+        // Under the lock, so that what the power counts has the order of the record.
         let power = match op {
             Op::Write | Op::Flush => self.power.begin(),
             Op::Read | Op::Discard if self.power.is_off() => Power::Off,
             Op::Read | Op::Discard => Power::On,
         };
-        let mut state = self.state.lock();
-        let effect = state.fault(op, offset..end.max(offset + 1));
         match (power, effect) {
             (Power::Off, _) => return Err(ErrorKind::DeviceGone),
             (Power::Failing, _) => {
@@ -313,10 +336,23 @@ impl SimDevice {
             _ => 0,
         };
         match op {
-            Op::Read => bytes::scatter(request, &state.read(mem_len(offset), mem_len(transferred))),
+            Op::Read => {
+                let mut bytes = state.read(mem_len(offset), mem_len(transferred));
+                if let Some(SimEffect::FlipRead(bit)) = effect
+                    && !bytes.is_empty()
+                {
+                    let bit = mem_len(bit) % (bytes.len() * 8);
+                    bytes[bit / 8] ^= 1 << (bit % 8);
+                }
+                bytes::scatter(request, &bytes);
+            }
             Op::Write => {
                 let data = bytes::gather(request);
-                state.write(mem_len(offset + moved), &data[..mem_len(transferred)]);
+                let (at, data) = (mem_len(offset + moved), &data[..mem_len(transferred)]);
+                if !state.has_room(at, data) {
+                    return Err(ErrorKind::Os(libc::ENOSPC));
+                }
+                state.write(at, data);
             }
             Op::Flush => state.flush(),
             Op::Discard => {}
@@ -327,14 +363,12 @@ impl SimDevice {
 
 impl State {
     /// The effect that a request meets, counted against its fault.
-    fn fault(&mut self, op: Op, range: Range<u64>) -> Option<SimEffect> {
-        let hits = |fault: &Fault| {
-            fault.op == op
-                && fault.times != Some(0)
-                && (op == Op::Flush
-                    || (fault.range.start < range.end && range.start < fault.range.end))
-        };
-        let fault = self.faults.iter_mut().find(|fault| hits(fault))?;
+    fn fault(&mut self, request: &DeviceRequest) -> Option<SimEffect> {
+        let (op, start) = (request.op(), request.offset());
+        let range = start..start.saturating_add(request.len().max(1));
+        let now = self.requests;
+        let hits = |fault: &&mut SimFault| fault.hits(op, &range, now);
+        let fault = self.faults.iter_mut().find(hits)?;
         if let Some(times) = &mut fault.times {
             *times -= 1;
         }
@@ -342,7 +376,8 @@ impl State {
     }
 
     fn read(&self, offset: usize, len: usize) -> Vec<u8> {
-        let mut bytes = self.durable[offset..offset + len].to_vec();
+        let mut bytes = vec![0; len];
+        self.durable.read(offset, &mut bytes);
         let pages = offset / PAGE_SIZE..(offset + len).div_ceil(PAGE_SIZE);
         for (page, versions) in self.cache.range(pages) {
             let Some(newest) = versions.last() else {
@@ -350,21 +385,48 @@ impl State {
             };
             let at = page * PAGE_SIZE;
             let (from, to) = (at.max(offset), (at + PAGE_SIZE).min(offset + len));
-            bytes[from - offset..to - offset].copy_from_slice(&newest[from - at..to - at]);
+            let part = &newest.bytes()[from - at..to - at];
+            bytes[from - offset..to - offset].copy_from_slice(part);
         }
         bytes
     }
 
+    fn stored_pages(&self) -> u64 {
+        let new = self.cache.keys();
+        let new = new.filter(|page| self.durable.page(**page).is_none());
+        self.durable.stored_pages() + dev_len(new.count())
+    }
+
+    fn has_room(&self, offset: usize, data: &[u8]) -> bool {
+        if self.room_pages == u64::MAX {
+            return true;
+        }
+        let pages = offset / PAGE_SIZE..(offset + data.len()).div_ceil(PAGE_SIZE);
+        let is_new =
+            |page: &usize| self.durable.page(*page).is_none() && !self.cache.contains_key(page);
+        self.stored_pages() + dev_len(pages.filter(is_new).count()) <= self.room_pages
+    }
+
     fn write(&mut self, offset: usize, data: &[u8]) {
-        push_versions(&mut self.cache, &self.durable, offset, data);
+        let pieces = push_versions(&mut self.cache, &self.durable, offset, data);
+        if let Some((history, device)) = &self.history
+            && !pieces.is_empty()
+        {
+            history.add(SimEvent::Write {
+                device: *device,
+                pieces: pieces.into(),
+            });
+        }
     }
 
     fn flush(&mut self) {
-        for (page, versions) in std::mem::take(&mut self.cache) {
-            let at = page * PAGE_SIZE;
-            if let Some(newest) = versions.last() {
-                self.durable[at..at + PAGE_SIZE].copy_from_slice(&newest[..]);
+        for (page, mut versions) in std::mem::take(&mut self.cache) {
+            if let Some(newest) = versions.pop() {
+                self.durable.set_page(page, newest);
             }
+        }
+        if let Some((history, device)) = &self.history {
+            history.add(SimEvent::Flush { device: *device });
         }
     }
 }
@@ -373,28 +435,35 @@ impl State {
 /// leaves of its page is as the version before it.
 fn push_versions(
     cache: &mut BTreeMap<usize, Versions>,
-    durable: &[u8],
+    durable: &SimImage,
     offset: usize,
     data: &[u8],
-) {
+) -> Vec<SimPiece> {
     let end = offset + data.len() - data.len() % SECTOR;
     let mut at = offset;
+    let mut pieces = Vec::new();
     while at < end {
         let (page, within) = (at / PAGE_SIZE, at % PAGE_SIZE);
         let len = (PAGE_SIZE - within).min(end - at);
+        let part = &data[at - offset..at - offset + len];
         let versions = cache.entry(page).or_default();
-        let mut next = match versions.last() {
-            Some(newest) => newest.clone(),
-            None => {
-                let mut base = Box::new([0; PAGE_SIZE]);
-                base.copy_from_slice(&durable[page * PAGE_SIZE..(page + 1) * PAGE_SIZE]);
-                base
-            }
+        let bytes = if len == PAGE_SIZE {
+            SimPage::new(part)
+        } else {
+            let former = versions.last().map(|page| *page.bytes());
+            let mut bytes = former.unwrap_or_else(|| durable.copy_of(page));
+            bytes[within..within + len].copy_from_slice(part);
+            SimPage::new(&bytes)
         };
-        next[within..within + len].copy_from_slice(&data[at - offset..at - offset + len]);
-        versions.push(next);
+        versions.push(bytes.clone());
+        pieces.push(SimPiece {
+            page,
+            sectors: sectors_of(within, len),
+            bytes,
+        });
         at += len;
     }
+    pieces
 }
 
 /// A small seeded generator, good enough for coin tosses.
@@ -421,11 +490,28 @@ impl BlockDevice for SimDevice {
 
     fn submit(&self, request: DeviceRequest) {
         let mut state = self.state.lock();
+        state.requests += 1;
         if state.holding {
             state.held.push(request);
             return;
         }
-        drop(state);
-        self.execute(request);
+        let effect = state.fault(&request);
+        match effect {
+            Some(SimEffect::Hang) => state.held.push(request),
+            Some(SimEffect::Delay(delay)) => {
+                let me = self.me.clone();
+                // Without a device any more the request ends as aborted, by being dropped.
+                std::thread::spawn(move || {
+                    std::thread::sleep(delay);
+                    if let Some(device) = me.upgrade() {
+                        device.execute(request, None);
+                    }
+                });
+            }
+            _ => {
+                drop(state);
+                self.execute(request, effect);
+            }
+        }
     }
 }

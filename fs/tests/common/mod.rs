@@ -5,7 +5,6 @@ pub mod acl;
 pub mod content;
 pub mod dump;
 pub mod model;
-pub mod record;
 pub mod rng;
 pub mod shrink;
 pub mod watchdog;
