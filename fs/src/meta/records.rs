@@ -9,6 +9,9 @@ use crate::{Attr, Ino, Timestamp};
 /// Longest written extent, in blocks: 1 MiB of data with its checksums is one record.
 pub(crate) const EXTENT_BLOCKS_MAX: u64 = 256;
 
+/// More blocks than a volume can have: their byte addresses would not fit 63 bits.
+const BLOCKS_MAX: u64 = (1 << 63) / 4096;
+
 /// Key of an inode (and of an orphan).
 pub(crate) fn ino_key(ino: Ino) -> [u8; 8] {
     ino.to_be_bytes()
@@ -296,7 +299,7 @@ impl Extent {
         let body = value.get(EXTENT_HEADER_LEN..)?;
         if len == 0
             || start.checked_add(u64::from(len)).is_none()
-            || block.checked_add(u64::from(len)).is_none()
+            || block.saturating_add(u64::from(len)) > BLOCKS_MAX
         {
             return None;
         }

@@ -71,7 +71,11 @@ impl Renamer {
     }
 
     fn ball(&self, step: u64) -> PathBuf {
-        let side = if step.is_multiple_of(2) { "right" } else { "left" };
+        let side = if step.is_multiple_of(2) {
+            "right"
+        } else {
+            "left"
+        };
         self.dir.join(format!("{side}/ball-{step}"))
     }
 
