@@ -15,8 +15,8 @@ use braidfs::fsck::raw::{self, Record};
 use braidfs::fsck::{Class, FsckError, Mode, Options};
 use braidfs::{Ino, ROOT_INO};
 use braidfs_blockdev::Volume;
+use braidfs_blockdev::device::sim::{SimHistory, SimLoss, SimReplay};
 use common::damage::*;
-use common::record::{LOSSES, Recorder, Replay};
 use common::rng::Rng;
 use common::*;
 
@@ -811,17 +811,17 @@ fn a_power_cut_in_a_repair_leaves_the_old_state_or_the_repaired_one() {
     ];
     let devices = s.damaged(&records);
     let old = raw::read(assemble(&devices, true)).expect("read");
-    let mut replay = Replay::new(&devices);
-    let recorder = Recorder::new(&devices);
-    let outcome = fsck_members(recorder.members(), Mode::Repair).expect("fsck");
+    let mut replay = SimReplay::new(&devices);
+    let history = SimHistory::of(&devices);
+    let outcome = fsck(&devices, Mode::Repair);
     assert!(outcome.left.is_some_and(|left| left.is_clean()));
     let new = raw::read(assemble(&devices, true)).expect("read");
     assert!(old != new && deep > 0);
     let (mut olds, mut news) = (0, 0);
-    for (number, event) in recorder.events().iter().enumerate() {
+    for (number, event) in history.events().iter().enumerate() {
         replay.step(event);
-        let loss = LOSSES[number % LOSSES.len()];
-        let wrecks = replay.wreck(loss, number as u64);
+        let loss = SimLoss::draw(number as u64, replay.pending(), replay.devices());
+        let wrecks = replay.wreck(loss);
         let volume = Volume::assemble(wrecks.iter().map(|w| w.clone() as _).collect(), true);
         let found = raw::read(volume.expect("assemble")).expect("read");
         if found == old {
