@@ -1,7 +1,7 @@
 //! `braidfs fsck`: checks an unmounted file system, and repairs it if told to.
 
 use std::ffi::{OsStr, OsString};
-use std::io::{BufRead, IsTerminal, Write};
+use std::io::{IsTerminal, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::process::exit;
@@ -283,7 +283,8 @@ impl Stop {
                 break false;
             }
             let mut line = String::new();
-            match std::io::stdin().lock().read_line(&mut line) {
+            let read = std::io::stdin().read_line(&mut line);
+            match read {
                 Ok(len) if len > 0 => {}
                 _ => break false,
             }

@@ -30,7 +30,8 @@ fn entry_object(dir: Ino, name: &[u8]) -> String {
 }
 
 fn is_cookie(cookie: u64) -> bool {
-    (COOKIE_FIRST..=COUNT_MAX - 1).contains(&cookie)
+    // Leaves room for those that a repair hands out.
+    (COOKIE_FIRST..=COUNT_MAX / 2).contains(&cookie)
 }
 
 impl Check<'_> {
@@ -222,11 +223,11 @@ impl Check<'_> {
             .get(entry.ino)
             .is_some_and(super::inodes::Seen::is_dir);
         if let Some(seen) = self.inodes.dir_mut(dir) {
-            seen.name_bytes -= name.len() as u64;
-            seen.subdirs -= u32::from(is_dir);
+            seen.name_bytes = seen.name_bytes.saturating_sub(name.len() as u64);
+            seen.subdirs = seen.subdirs.saturating_sub(u32::from(is_dir));
         }
         if let Some(seen) = self.inodes.get_mut(entry.ino) {
-            seen.names -= 1;
+            seen.names = seen.names.saturating_sub(1);
         }
         self.remove_rows(dir, name, entry)
     }

@@ -180,7 +180,7 @@ impl Check<'_> {
         }
         put(at, extent.end(), None);
         if let Some(seen) = self.inodes.get_mut(ino) {
-            seen.blocks -= gone;
+            seen.blocks = seen.blocks.saturating_sub(gone);
         }
     }
 }

@@ -31,13 +31,19 @@ pub(crate) type FreeTable<'a> = RedbTable<'a, u64, u64>;
 /// What the names of tables that were replaced begin with.
 const LOST: &str = "lost-";
 
+/// Is called for each record.
+pub(crate) type Each<'a, E> = &'a mut dyn FnMut(&[u8], &[u8]) -> Result<(), E>;
+
+/// A snapshot by redb, all of it readable so far.
+pub(crate) struct Whole {
+    base: Base,
+    free: ReadOnlyTable<u64, u64>,
+}
+
 /// One durable snapshot.
 pub(crate) enum Reader {
-    /// By redb, all of it readable so far.
-    Whole {
-        base: Base,
-        free: ReadOnlyTable<u64, u64>,
-    },
+    /// By redb.
+    Whole(Box<Whole>),
     /// What is left of it.
     Salvaged(Salvage),
 }
@@ -49,7 +55,7 @@ impl Reader {
     /// Records of a table.
     pub(crate) fn len(&self, table: Table) -> Result<u64, redb::Error> {
         match self {
-            Reader::Whole { base, .. } => Ok(base[table as usize].len()?),
+            Reader::Whole(whole) => Ok(whole.base[table as usize].len()?),
             Reader::Salvaged(salvage) => Ok(salvage.len(table as usize)),
         }
     }
@@ -57,7 +63,7 @@ impl Reader {
     /// Runs of free blocks.
     pub(crate) fn free_len(&self) -> Result<u64, redb::Error> {
         match self {
-            Reader::Whole { free, .. } => Ok(free.len()?),
+            Reader::Whole(whole) => Ok(whole.free.len()?),
             Reader::Salvaged(salvage) => Ok(salvage.len(FREE_NUMBER)),
         }
     }
@@ -65,8 +71,8 @@ impl Reader {
     /// The value of `key`.
     pub(crate) fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, redb::Error> {
         match self {
-            Reader::Whole { base, .. } => {
-                let found = base[table as usize].get(key)?;
+            Reader::Whole(whole) => {
+                let found = whole.base[table as usize].get(key)?;
                 Ok(found.map(|guard| guard.value().to_vec()))
             }
             Reader::Salvaged(salvage) => {
@@ -87,10 +93,10 @@ impl Reader {
         table: Table,
         from: &[u8],
         prefix: &[u8],
-        each: &mut dyn FnMut(&[u8], &[u8]) -> Result<(), E>,
+        each: Each<'_, E>,
     ) -> Result<(), E> {
         let base = match self {
-            Reader::Whole { base, .. } => base,
+            Reader::Whole(whole) => &whole.base,
             Reader::Salvaged(salvage) => {
                 return salvage.scan(table as usize, from, &mut |key, value| {
                     if !key.starts_with(prefix) {
@@ -118,7 +124,7 @@ impl Reader {
         each: &mut dyn FnMut(u64, u64) -> Result<(), E>,
     ) -> Result<(), E> {
         let free = match self {
-            Reader::Whole { free, .. } => free,
+            Reader::Whole(whole) => &whole.free,
             Reader::Salvaged(salvage) => {
                 let number = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
                 return salvage.scan(FREE_NUMBER, &[], &mut |start, len| {
@@ -200,7 +206,7 @@ impl Offline {
     pub(crate) fn reader(&self) -> Result<Reader, redb::Error> {
         let base = Store::snapshot(&self.0)?;
         let free = self.0.begin_read()?.open_table(FREE)?;
-        Ok(Reader::Whole { base, free })
+        Ok(Reader::Whole(Box::new(Whole { base, free })))
     }
 
     fn begin(&self) -> Result<WriteTransaction, redb::Error> {

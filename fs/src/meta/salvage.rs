@@ -56,11 +56,14 @@ pub(crate) struct Salvage {
 /// Whether to go on with a walk.
 type Goes<E> = Result<bool, E>;
 
+/// Is called for each record.
+pub(crate) type Visit<'a, E> = &'a mut dyn FnMut(&[u8], &[u8]) -> Goes<E>;
+
 /// What a walk calls: for each record, and for each page that cannot be read.
 struct Visitor<'a, E> {
     from: &'a [u8],
     last: Option<Vec<u8>>,
-    each: &'a mut dyn FnMut(&[u8], &[u8]) -> Goes<E>,
+    each: Visit<'a, E>,
     lost: &'a mut dyn FnMut(Loss),
 }
 
@@ -229,7 +232,7 @@ impl Salvage {
         &self,
         tree: &Tree,
         from: &[u8],
-        each: &mut dyn FnMut(&[u8], &[u8]) -> Goes<E>,
+        each: Visit<'_, E>,
         lost: &mut dyn FnMut(Loss),
     ) -> Result<(), E> {
         let mut visitor = Visitor {
@@ -315,12 +318,7 @@ impl Salvage {
 
     /// Hands the readable records of a table with `from <= key` to `each`, in order, until it
     /// returns false.
-    pub(crate) fn scan<E>(
-        &self,
-        table: usize,
-        from: &[u8],
-        each: &mut dyn FnMut(&[u8], &[u8]) -> Goes<E>,
-    ) -> Result<(), E> {
+    pub(crate) fn scan<E>(&self, table: usize, from: &[u8], each: Visit<'_, E>) -> Result<(), E> {
         self.walk_all(&self.trees[table], from, each, &mut |_| {})
     }
 
