@@ -14,9 +14,11 @@
 //! | where the power is cut, and what is lost | `cuts.rs` |
 //! | checking a state | `check.rs` |
 //! | threads, progress, counts | `run.rs` |
+//! | long workloads of several threads, with faults | `long.rs` |
 
 mod check;
 mod cuts;
+mod long;
 mod ops;
 mod record;
 mod run;
@@ -24,6 +26,7 @@ mod session;
 mod tree;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use braidfs_blockdev::device::sim::SimLoss;
 use clap::{Args, Parser, Subcommand};
@@ -45,6 +48,8 @@ struct Cli {
 enum Verb {
     /// Repeat one state.
     One(One),
+    /// Long random workloads of several threads on failing devices, cut at random points.
+    Long(Long),
     /// Show the operations.
     List,
 }
@@ -105,6 +110,42 @@ struct One {
     /// Run the workload and check so many times.
     #[arg(long, default_value_t = 1)]
     repeat: u32,
+}
+
+#[derive(Args)]
+struct Long {
+    #[command(flatten)]
+    common: Common,
+    /// Stop after this time.
+    #[arg(long, default_value_t = 60)]
+    seconds: u64,
+    /// Threads that change things.
+    #[arg(long, default_value_t = 3)]
+    threads: u64,
+    /// Print the outcome as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Long {
+    fn run(&self) -> Result<bool, String> {
+        let seen = long::run(&long::Plan {
+            seed: self.common.seed,
+            seconds: self.seconds,
+            threads: self.threads.max(1),
+            round: Duration::from_millis(700),
+            quiet: self.common.quiet || self.json,
+        });
+        if self.json {
+            println!(
+                "{}",
+                serde_json::to_string_pretty(&seen).map_err(|e| e.to_string())?
+            );
+        } else {
+            println!("crashcheck long: {seen:?}");
+        }
+        Ok(seen.violations == 0)
+    }
 }
 
 impl All {
@@ -192,6 +233,7 @@ fn main() -> ExitCode {
     }
     let good = match cli.verb {
         Some(Verb::One(one)) => one.run(),
+        Some(Verb::Long(long)) => long.run(),
         Some(Verb::List) => {
             ops::OPS
                 .iter()

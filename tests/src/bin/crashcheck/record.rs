@@ -48,7 +48,38 @@ pub fn assemble(devices: &[Arc<SimDevice>], read_only: bool) -> Result<Arc<Volum
 }
 
 pub fn mount(devices: &[Arc<SimDevice>]) -> Result<Arc<FileSystem>, String> {
-    FileSystem::mount(assemble(devices, false)?, options()).map_err(|e| format!("mount: {e}"))
+    mount_with(devices, options())
+}
+
+fn mount_with(
+    devices: &[Arc<SimDevice>],
+    options: MountOptions,
+) -> Result<Arc<FileSystem>, String> {
+    FileSystem::mount(assemble(devices, false)?, options).map_err(|e| format!("mount: {e}"))
+}
+
+fn format(devices: &[Arc<SimDevice>]) -> Result<(), String> {
+    let members = devices.iter();
+    let members = members.map(|device| Arc::clone(device) as Arc<dyn BlockDevice>);
+    let format = FormatOptions {
+        stripe_unit_bytes: 64 << 10,
+        ..FormatOptions::default()
+    };
+    let volume = Volume::format(members.collect(), &format).map_err(|e| format!("format: {e}"))?;
+    braidfs::format(volume).map_err(|error| format!("format: {error}"))
+}
+
+/// A new file system that commits this often.
+pub fn format_and_mount(
+    devices: &[Arc<SimDevice>],
+    commit_interval: Duration,
+) -> Result<Arc<FileSystem>, String> {
+    format(devices)?;
+    let options = MountOptions {
+        commit_interval,
+        ..options()
+    };
+    mount_with(devices, options)
 }
 
 /// Volumes of one to three members that hold the first tree.
@@ -70,14 +101,7 @@ impl Bases {
 fn base(count: usize) -> Result<Vec<SimImage>, String> {
     let images = vec![SimImage::zeroed(VOLUME_BYTES / count); count];
     let devices = devices_of(&images);
-    let members = devices.iter();
-    let members = members.map(|device| Arc::clone(device) as Arc<dyn BlockDevice>);
-    let format = FormatOptions {
-        stripe_unit_bytes: 64 << 10,
-        ..FormatOptions::default()
-    };
-    let volume = Volume::format(members.collect(), &format).map_err(|e| format!("format: {e}"))?;
-    braidfs::format(volume).map_err(|error| format!("format: {error}"))?;
+    format(&devices)?;
     let mut session = Session::new(mount(&devices)?);
     for step in FIRST {
         session
@@ -133,7 +157,7 @@ impl Setup {
         let drawn = u64::from(crc32c::crc32c(name_of(workload).as_bytes())) ^ seed;
         Setup {
             devices: 1 + usize::try_from(drawn % 3).expect("small"),
-            unmounts: drawn / 3 % 4 == 0,
+            unmounts: (drawn / 3).is_multiple_of(4),
         }
     }
 }
