@@ -279,6 +279,14 @@ impl FileSystem {
         committed.and(stored).and(closed)
     }
 
+    /// Ends its threads and saves nothing: for those who test what a power cut leaves. What is not
+    /// durable is lost.
+    pub fn abandon(&self) {
+        if !self.unmounted.swap(true, Ordering::SeqCst) {
+            self.stop();
+        }
+    }
+
     fn check_all_written(&self) -> Result<(), Errno> {
         match self.cache.dirty_bytes() {
             0 => Ok(()),

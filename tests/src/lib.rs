@@ -20,7 +20,8 @@
 //!
 //! Environment: `BRAIDFS_BIN` (the program under test), `BRAIDFS_TEST_DIR` (where images go),
 //! `BRAIDFS_TEST_KEEP=1` (leave a failed test's folder), `SEED` (replays a randomised test),
-//! `STRESS_SECONDS`, `STRESS_FILES`, `DIRECTORY_ENTRIES`, `KILL_ROUNDS` (do more than by default).
+//! `STRESS_SECONDS`, `STRESS_FILES`, `DIRECTORY_ENTRIES`, `KILL_ROUNDS`, `CRASHCHECK_STATES`,
+//! `CRASHCHECK_SECONDS` (do more than by default).
 #![forbid(unsafe_code)]
 
 pub mod command;
