@@ -155,14 +155,21 @@ fn one_damaged_copy_of_each_kind_is_found_and_repaired() {
     check(&devices);
 }
 
-/// Turns one bit over in all filled pages of metadata in copy `copy`; gives how many.
-fn spoil_pages(devices: &[Arc<SimDevice>], fs: &FileSystem, copy: u8, holds: &[u8]) -> usize {
+/// Turns one bit over in all filled pages of metadata, or those with this text, in copy `copy`;
+/// gives how many.
+fn spoil_pages(
+    devices: &[Arc<SimDevice>],
+    fs: &FileSystem,
+    copy: u8,
+    text: Option<&[u8]>,
+) -> usize {
     let (start, area, payload) = layout(fs);
     let mut spoilt = 0;
     for index in 1..payload {
         let (dev, at) = place(fs, start + 2 + area + index, copy);
         let block = devices[dev].peek(at, PAGE);
-        if is_filled(&block) && block.windows(holds.len()).any(|part| part == holds) {
+        let has = |text: &[u8]| block.windows(text.len()).any(|part| part == text);
+        if is_filled(&block) && text.is_none_or(has) {
             devices[dev].flip_bit(at + 1000, 5);
             spoilt += 1;
         }
@@ -174,7 +181,7 @@ fn spoil_pages(devices: &[Arc<SimDevice>], fs: &FileSystem, copy: u8, holds: &[u
 fn metadata_in_memory_is_still_verified_on_the_devices() {
     let (devices, fs) = filled(2);
     // Everything is cached, and was written by this mount.
-    let spoilt = spoil_pages(&devices, &fs, 1, b"");
+    let spoilt = spoil_pages(&devices, &fs, 1, None);
     assert!(spoilt > 5, "{spoilt}");
     let status = scrub(&fs);
     let (found, repaired, left) = counts(&status);
@@ -190,7 +197,7 @@ fn pages_that_are_in_use_count_and_others_do_not() {
     let (devices, fs) = filled(2);
     let fs = remount(&devices, fs);
     let before = images(&devices);
-    let spoilt = spoil_pages(&devices, &fs, 0, b"");
+    let spoilt = spoil_pages(&devices, &fs, 0, None);
     let status = scrub(&fs);
     let (found, repaired, left) = counts(&status);
     // After so few commits a good part of what was ever written is of no value any more.
@@ -217,8 +224,7 @@ fn a_bad_page_that_is_read_is_mended_by_and_by() {
             ..options()
         },
     );
-    let spoilt =
-        spoil_pages(&devices, &fs, 0, b"") + spoil_pages(&devices, &fs, 1, b"no such text");
+    let spoilt = spoil_pages(&devices, &fs, 0, None);
     assert!(spoilt > 5);
     fs.unmount().unwrap();
     let fs = mount_with(
@@ -268,8 +274,8 @@ fn what_is_lost_in_all_copies_is_named_and_left() {
         }
         assert_eq!(hits, 1, "a block of data lies in one place");
     }
-    let spoilt =
-        spoil_pages(&devices, &fs, 0, b"name-3") + spoil_pages(&devices, &fs, 1, b"name-3");
+    let spoilt = spoil_pages(&devices, &fs, 0, Some(b"name-3"))
+        + spoil_pages(&devices, &fs, 1, Some(b"name-3"));
     let status = scrub(&fs);
     let (found, repaired, left) = counts(&status);
     assert_eq!((repaired, left), (0, found), "{status:#?}");
@@ -304,7 +310,7 @@ fn looking_only_writes_nothing() {
             ..options()
         },
     );
-    let spoilt = spoil_pages(&devices, &fs, 0, b"name-3");
+    let spoilt = spoil_pages(&devices, &fs, 0, Some(b"name-3"));
     assert!(spoilt > 0);
     devices.iter().for_each(|device| device.clear_log());
     let status = scrub(&fs);
@@ -437,7 +443,7 @@ fn after_power_cuts_nothing_is_called_damage() {
     }
     drop(fs);
     let events = recorder.events();
-    let step = (events.len() / 24).max(1);
+    let step = (events.len() / 12).max(1);
     let (mut replay, mut states) = (base, 0);
     for (nth, event) in events.iter().enumerate() {
         replay.step(event);
@@ -469,7 +475,7 @@ fn after_power_cuts_nothing_is_called_damage() {
             states += 1;
         }
     }
-    assert!(states >= 40, "{states} states");
+    assert!(states >= 30, "{states} states");
 }
 
 /// The header's block, both copies.

@@ -51,7 +51,8 @@ impl Volume {
     }
 
     /// After a power cut, until the volume is written to, members may lag, and what is not in force
-    /// may be torn: then only damage to what is in force counts.
+    /// may be torn: then only damage to what is in force counts. Even after a clean end, a chunk
+    /// table not in force may be what a mount that was cut off began to write.
     pub(super) fn faults(&self, durable: &Durable) -> Vec<LabelFault> {
         let (identity, devices) = (&self.identity, &self.devices);
         let is_settled = self.was_clean || !self.is_read_only();
@@ -81,7 +82,10 @@ impl Volume {
                 let crc = match table {
                     Ok((_, crc)) => Some(crc),
                     Err(error) => {
-                        fault(true, error.to_string());
+                        let in_force = generation == durable.generation;
+                        if in_force || !self.is_read_only() {
+                            fault(true, error.to_string());
+                        }
                         None
                     }
                 };

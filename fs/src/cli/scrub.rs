@@ -138,6 +138,8 @@ fn mount_error(error: &MountError) -> CliError {
 }
 
 fn unmounted(paths: &[PathBuf], args: &ScrubArgs, options: ScrubOptions) -> Result<(), CliError> {
+    // Before there are other threads, which would take the signals.
+    let signals = watch_signals(args.status)?;
     let volume = assemble(paths)?;
     let mount_options = MountOptions {
         read_only: true,
@@ -149,7 +151,7 @@ fn unmounted(paths: &[PathBuf], args: &ScrubArgs, options: ScrubOptions) -> Resu
     let result = if args.status {
         show(&target, args.json)
     } else {
-        scrub_unmounted(&target, &fs, args, options)
+        scrub_unmounted(&target, &fs, args, options, signals.as_ref())
     };
     let closed = fs.unmount();
     result.and(closed.map_err(|error| operational(format!("closing the volume: {error}"))))
@@ -160,8 +162,8 @@ fn scrub_unmounted(
     fs: &FileSystem,
     args: &ScrubArgs,
     mut options: ScrubOptions,
+    signals: Option<&Receiver<()>>,
 ) -> Result<(), CliError> {
-    let signals = watch_signals(false)?;
     if !args.no_changes {
         // This mends labels and fixed blocks; what it mended is counted.
         fs.make_writable().map_err(|error| mount_error(&error))?;
@@ -169,7 +171,7 @@ fn scrub_unmounted(
     }
     target.start(options)?;
     match signals {
-        Some(signals) => follow(target, args.json, &signals),
+        Some(signals) => follow(target, args.json, signals),
         None => Ok(()),
     }
 }

@@ -125,6 +125,11 @@ impl MetaFile {
         self.state.lock().end_page() * PAGE_SIZE as u64
     }
 
+    /// Bytes up to the highest page ever written.
+    pub(crate) fn written_bytes(&self) -> u64 {
+        self.state.lock().high_page * PAGE_SIZE as u64
+    }
+
     /// How long the file may become when its chunks may grow by `growth` bytes. redb makes its file
     /// twice as long when it is full, and uses the new part from both ends; so growing counts only
     /// where all of that has a home.
@@ -146,8 +151,8 @@ impl MetaFile {
 
     /// Bytes of that which lie behind the highest page ever written, so are surely free.
     pub(crate) fn room_bytes(&self, growth: u64) -> u64 {
-        let written = self.state.lock().high_page * PAGE_SIZE as u64;
-        self.reachable_bytes(growth).saturating_sub(written)
+        self.reachable_bytes(growth)
+            .saturating_sub(self.written_bytes())
     }
 
     /// Makes chunks until page `end - 1` has a home.

@@ -51,8 +51,7 @@ impl FileSystem {
     pub(super) fn scrub_total_bytes(&self) -> u64 {
         let space = self.space.stats();
         let used = space.chunk_blocks - space.free_blocks.min(space.chunk_blocks);
-        let metadata = self.store.used_bytes().unwrap_or(0) + 2 * BLOCK_SIZE;
-        used * BLOCK_SIZE + 2 * metadata + self.volume.label_bytes()
+        used * BLOCK_SIZE + 2 * self.meta.written_bytes() + self.volume.label_bytes()
     }
 
     /// A pass from where the record says.
