@@ -13,6 +13,8 @@ const VERSION: u32 = 1;
 const HEADER_LEN: usize = 64;
 const CHUNK_LEN: usize = 32;
 const MEMBER_LEN: usize = 16;
+/// The longest piece that a power cut writes whole or not at all.
+const SECTOR_LEN: usize = 512;
 
 /// What is wrong with a chunk table. Messages continue the device's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -57,6 +59,11 @@ impl Table {
     /// Whether it still fits its place with one more chunk over `members` devices.
     pub(crate) fn has_room_for(&self, members: usize) -> bool {
         self.encoded_len() + CHUNK_LEN + MEMBER_LEN * members <= TABLE_LEN_MAX
+    }
+
+    /// Whether a power cut cannot tear it, nor one with one more chunk over `members` devices.
+    pub(crate) fn is_in_one_sector_with_another_chunk(&self, members: usize) -> bool {
+        self.encoded_len() + CHUNK_LEN + MEMBER_LEN * members <= SECTOR_LEN
     }
 
     /// The bytes to write, and their checksum.

@@ -66,6 +66,7 @@ impl Elected {
     }
 }
 
+/// Both label copies of each device.
 pub(super) fn read_labels(devices: &Devices) -> Vec<[Result<Label, LabelError>; 2]> {
     let job = |dev: usize, slot: usize| Job {
         dev,

@@ -1,14 +1,18 @@
-//! `braidfs info`: what the labels of members say, mounted or not. Nothing is locked or changed.
+//! `braidfs info`: what the labels of members say, mounted or not, and what the last scrub found.
+//! Nothing is locked for long, or changed.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
+use std::sync::Arc;
 
 use braidfs_blockdev::{Backend, OpenMode, Volume, VolumeInfo, open_device};
 use serde_json::{Value, json};
 
+use super::control;
 use super::devices::{Member, device_list, find_members};
 use super::exit::{self, CliError};
 use super::print;
+use super::scrub;
 use super::size::format_size;
 use crate::fuse::mounts::{self, MountEntry};
 
@@ -44,24 +48,54 @@ pub fn run(args: &InfoArgs) -> Result<(), CliError> {
     }
     let mounted = mounted_on(&members);
     let missing = missing(&members);
-    let space = match mounted {
-        None if missing.is_empty() => space(&members),
-        _ => None,
+    let (space, scrub) = match &mounted {
+        None if missing.is_empty() => inside(&members),
+        None => (None, None),
+        Some(entry) => (None, scrub_of_mount(entry)),
+    };
+    let seen = Seen {
+        members: &members,
+        mounted: mounted.as_ref(),
+        missing: &missing,
+        space: space.as_ref(),
+        scrub: scrub.as_ref(),
     };
     if args.json {
-        return print::json(&value(&members, mounted.as_ref(), &missing, space.as_ref()));
+        return print::json(&value(&seen));
     }
-    print::text(&render(
-        &members,
-        mounted.as_ref(),
-        &missing,
-        space.as_ref(),
-    ))
+    print::text(&render(&seen))
 }
 
-/// How the space is divided, where nobody uses the devices: the lock is held for a moment only, and
-/// is shared.
-fn space(members: &[Member]) -> Option<VolumeInfo> {
+/// What is shown.
+struct Seen<'a> {
+    members: &'a [Member],
+    mounted: Option<&'a MountEntry>,
+    missing: &'a [u16],
+    space: Option<&'a VolumeInfo>,
+    scrub: Option<&'a Value>,
+}
+
+/// What the daemon of a mount says about the last scrub.
+fn scrub_of_mount(entry: &MountEntry) -> Option<Value> {
+    let stream = control::connect(entry)?;
+    let line = control::request_scrub(&stream, "status").ok()?;
+    serde_json::from_str(&line).ok()
+}
+
+/// How the space is divided, and the last scrub, where nobody uses the devices: the lock is held for
+/// a moment only, and is shared. Metadata is only looked into after a clean end.
+fn inside(members: &[Member]) -> (Option<VolumeInfo>, Option<Value>) {
+    let Some(volume) = assemble(members) else {
+        return (None, None);
+    };
+    let info = volume.info();
+    let is_clean = members.iter().all(|member| member.label.clean);
+    let summary = is_clean.then(|| crate::scrub::last(volume).ok()).flatten();
+    let scrub = summary.and_then(|summary| serde_json::to_value(summary).ok());
+    (Some(info), scrub)
+}
+
+fn assemble(members: &[Member]) -> Option<Arc<Volume>> {
     let mode = OpenMode {
         read_only: true,
         backend: Backend::Threads,
@@ -71,7 +105,7 @@ fn space(members: &[Member]) -> Option<VolumeInfo> {
         .iter()
         .map(|member| open_device(&member.path, mode))
         .collect::<Result<_, _>>();
-    Some(Volume::assemble(devices.ok()?, true).ok()?.info())
+    Volume::assemble(devices.ok()?, true).ok()
 }
 
 /// The mount that names one of the members as its source.
@@ -97,12 +131,14 @@ fn missing(members: &[Member]) -> Vec<u16> {
     (0..count).filter(|index| !found.contains(index)).collect()
 }
 
-fn value(
-    members: &[Member],
-    mounted: Option<&MountEntry>,
-    missing: &[u16],
-    space: Option<&VolumeInfo>,
-) -> Value {
+fn value(seen: &Seen<'_>) -> Value {
+    let &Seen {
+        members,
+        mounted,
+        missing,
+        space,
+        scrub,
+    } = seen;
     let devices: Vec<Value> = members
         .iter()
         .map(|member| {
@@ -131,6 +167,7 @@ fn value(
         "devices": devices,
         // Unknown while the file system is mounted: 'braidfs stats' has it then.
         "chunks": space.map(|info| &info.chunks),
+        "scrub": scrub,
     })
 }
 
@@ -143,12 +180,14 @@ fn allocated(space: Option<&VolumeInfo>, member: &Member) -> Option<u64> {
     Some(device.allocated_bytes)
 }
 
-fn render(
-    members: &[Member],
-    mounted: Option<&MountEntry>,
-    missing: &[u16],
-    space: Option<&VolumeInfo>,
-) -> String {
+fn render(seen: &Seen<'_>) -> String {
+    let &Seen {
+        members,
+        mounted,
+        missing,
+        space,
+        scrub,
+    } = seen;
     let Some(Member { label, .. }) = members.first() else {
         return String::new();
     };
@@ -160,7 +199,7 @@ fn render(
     };
     let mut out = format!(
         "file system  {}\nlabel        {}\nstate        {state}\nstripe unit  {}\n\
-         size         {} on {} of {} devices\n\n",
+         size         {} on {} of {} devices\nlast scrub   {}\n\n",
         label.fs_uuid,
         if label.label.is_empty() {
             "-"
@@ -171,6 +210,7 @@ fn render(
         format_size(total),
         members.len(),
         label.device_count,
+        scrub.map_or_else(|| "unknown".to_owned(), scrub::summary_text),
     );
     let width = members
         .iter()

@@ -250,9 +250,10 @@ struct Check<'a> {
 impl Check<'_> {
     /// All copies of label and chunk table. A volume that is being written has none that is bad.
     fn labels(&mut self) {
-        for flaw in self.volume.label_flaws() {
-            let object = format!("{}, byte {}", flaw.device, flaw.offset);
-            self.problem(Class::Label, object, flaw.message);
+        for fault in self.volume.check_labels() {
+            let device = self.volume.device_name(fault.dev);
+            let object = format!("{device}, byte {}", fault.offset);
+            self.problem(Class::Label, object, fault.to_string());
         }
     }
 

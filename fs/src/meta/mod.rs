@@ -7,11 +7,20 @@
 //! | [`offline`] | the same tables as a check of an unmounted volume reads and mends them |
 //! | [`salvage`] | the same tables where pages of them cannot be read |
 //! | [`backend`] | redb's file as one address space on mirrored chunks |
+//! | [`state`] | that file's head, header, chunks and checksums, as loaded |
+//! | [`head`], [`header`] | its length and chunks; redb's header, sealed |
 //! | [`checksums`] | a CRC32C for each block of that file |
+//! | [`mirrors`] | the two copies of all of this: reading each, mending a bad one |
+//! | [`verify`] | verifying all of them where they lie |
 
 pub(crate) mod backend;
 mod checksums;
+mod head;
+mod header;
+pub(crate) mod mirrors;
 pub(crate) mod offline;
 pub(crate) mod records;
 pub(crate) mod salvage;
+mod state;
 pub(crate) mod store;
+pub(crate) mod verify;
