@@ -42,18 +42,20 @@ pub mod volume;
 pub use chain::Chain;
 pub use completion::FlushDone;
 pub use device::BlockDevice;
-pub use device::open::{Backend, OpenError, OpenMode, backed_loop_device, open_device};
+pub use device::open::{
+    ANSWER_TIME_DEFAULT, Backend, OpenError, OpenMode, backed_loop_device, open_device,
+};
 pub use device::sim::SimDevice;
 pub use error::{BlockError, ErrorKind, Op};
-pub use kiobuf::{Completion, EndIo, Kiobuf};
+pub use kiobuf::{Completion, EndIo, InDoubt, Kiobuf};
 pub use label::{LabelError, LabelInfo, read_label};
 pub use pages::{AlignedBuf, PageRun, PageVector};
-pub use request::DeviceRequest;
+pub use request::{DeviceRequest, Flight};
 pub use signature::foreign_signature;
 pub use stats::{Histogram, QueueStats, VolumeStats};
 pub use table::TableError;
 pub use units::{BLOCK_SIZE, PAGE_SIZE, VolBlock};
 pub use volume::{
-    Chunk, ChunkKind, ChunkMember, Class, DeviceInfo, FormatOptions, Plug, Profile, Volume,
-    VolumeError, VolumeErrorKind, VolumeInfo,
+    Chunk, ChunkKind, ChunkMember, Class, DeviceInfo, DiscardError, FormatOptions, Plug, Profile,
+    Volume, VolumeError, VolumeErrorKind, VolumeInfo,
 };
