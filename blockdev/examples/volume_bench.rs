@@ -53,7 +53,10 @@ impl Run<'_> {
             while under_way > window - batch || (next == blocks / step && under_way > 0) {
                 let done = self.ended.1.recv().expect("the sender lives");
                 assert_eq!(done.error, None);
-                spare.extend(AlignedBuf::from_pages(done.pages).ok());
+                spare.extend(
+                    done.pages
+                        .and_then(|pages| AlignedBuf::from_pages(pages).ok()),
+                );
                 under_way -= 1;
             }
         }

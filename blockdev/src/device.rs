@@ -17,9 +17,30 @@ mod uring;
 use crate::pages::PageRun;
 use crate::request::DeviceRequest;
 use open::OpenError;
+use std::sync::Arc;
+use std::time::Duration;
 
 /// How long closing a device waits for requests that it has not ended.
-const CLOSE_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(10);
+const CLOSE_WAIT_MAX: Duration = Duration::from_secs(10);
+
+/// How long to wait for something that is to end `requests` requests one after another on devices
+/// with this time to answer: with room for the queue before them, and no end where there is none.
+pub(crate) fn patience(answer_time_max: Duration, requests: u32) -> Duration {
+    const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
+    match answer_time_max.is_zero() {
+        true => FOREVER,
+        false => answer_time_max * requests + Duration::from_secs(1),
+    }
+}
+
+/// The longest time to answer of several devices; zero if one of them has no limit.
+pub(crate) fn answer_time_of_all(devices: &[Arc<dyn BlockDevice>]) -> Duration {
+    let times = || devices.iter().map(|device| device.answer_time_max());
+    match times().any(|time| time.is_zero()) {
+        true => Duration::ZERO,
+        false => times().max().unwrap_or_default(),
+    }
+}
 
 /// A device that takes requests and ends each exactly once.
 pub trait BlockDevice: Send + Sync {
@@ -31,6 +52,12 @@ pub trait BlockDevice: Send + Sync {
 
     /// How it does I/O, for people: "io_uring+O_DIRECT", "threads", "sim".
     fn kind(&self) -> &'static str;
+
+    /// How long it may take to end a request; zero: as long as it likes. After that its users give
+    /// a request up, which the device still ends when it can.
+    fn answer_time_max(&self) -> Duration {
+        Duration::ZERO
+    }
 
     /// Takes ownership; ends the request exactly once, from any thread, possibly before returning.
     fn submit(&self, request: DeviceRequest);

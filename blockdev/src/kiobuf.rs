@@ -6,6 +6,10 @@
 //! with the first error and the number of good bytes, and hands the pages back. A view that is
 //! lost on an error path ends as aborted, so no kiobuf can hang or keep its pages.
 //!
+//! A view whose device does not answer is *expired*: the kiobuf ends at once, as timed out, but
+//! without its pages. They stay with the shared state until the last view really ends, because
+//! until then a device may still read or write them; [`InDoubt`] says when that is.
+//!
 //! `end_io` runs on whatever thread ended the last view, with no lock of this crate held. An
 //! `end_io` that (directly or not) ends another kiobuf on the same thread does not recurse: the
 //! inner completion waits until the outer one has returned.
@@ -24,8 +28,27 @@ pub struct Completion {
     pub bytes: u64,
     /// The first error that any piece met.
     pub error: Option<BlockError>,
-    /// The pages, back to who built the kiobuf.
-    pub pages: Box<dyn PageVector>,
+    /// The pages, back to who built the kiobuf; `None` if a device still has them.
+    pub pages: Option<Box<dyn PageVector>>,
+    /// With a device that did not answer in time: tells when the transfer is really over.
+    pub in_doubt: Option<InDoubt>,
+}
+
+/// A transfer that was given up and that a device may still carry out, at any time until it
+/// answers: what it writes to must not be used for anything else before.
+#[derive(Clone, Debug, Default)]
+pub struct InDoubt(std::sync::Arc<std::sync::atomic::AtomicBool>);
+
+impl InDoubt {
+    /// No device has any part of the transfer any more. Once true it stays so.
+    pub fn is_over(&self) -> bool {
+        self.0.load(std::sync::atomic::Ordering::Acquire)
+    }
+
+    /// The device is done.
+    pub fn end(&self) {
+        self.0.store(true, std::sync::atomic::Ordering::Release);
+    }
 }
 
 /// Called exactly once per kiobuf. It may flip state, wake somebody, send a reply or submit more;
@@ -65,6 +88,7 @@ impl Kiobuf {
             fate: Mutex::new(Fate {
                 end_io: Some(end_io),
                 error: None,
+                in_doubt: None,
             }),
             pages: Some(pages),
         };
@@ -94,6 +118,8 @@ impl Kiobuf {
 struct Fate {
     end_io: Option<EndIo>,
     error: Option<BlockError>,
+    /// The kiobuf ended before its views did.
+    in_doubt: Option<InDoubt>,
 }
 
 /// The state that all views of one kiobuf share; dropping it is the completion.
@@ -145,16 +171,24 @@ impl Drop for Shared {
         let mut fate = self.fate.lock().unwrap_or_else(PoisonError::into_inner);
         let error = fate.error;
         let end_io = fate.end_io.take();
+        let in_doubt = fate.in_doubt.take();
         drop(fate);
-        if let (Some(end_io), Some(pages)) = (end_io, self.pages.take()) {
+        let pages = self.pages.take();
+        if let Some(end_io) = end_io {
             completion::run(Job::Kiobuf(
                 end_io,
                 Completion {
                     bytes,
                     error,
                     pages,
+                    in_doubt: None,
                 },
             ));
+        } else {
+            drop(pages);
+        }
+        if let Some(in_doubt) = in_doubt {
+            in_doubt.end();
         }
     }
 }
@@ -200,6 +234,24 @@ impl View {
             let mut fate = kiobuf.fate.lock().unwrap_or_else(PoisonError::into_inner);
             fate.error.get_or_insert(error);
         }
+    }
+
+    /// The device does not answer: ends the whole kiobuf with `error`, unless it has ended, while
+    /// this view and the pages stay with the device. The caller runs what is returned, with no lock
+    /// held.
+    pub(crate) fn expire(&self, error: BlockError) -> Option<Job> {
+        let kiobuf = self.kiobuf.as_ref()?;
+        let mut fate = kiobuf.fate.lock().unwrap_or_else(PoisonError::into_inner);
+        let end_io = fate.end_io.take()?;
+        let in_doubt = InDoubt::default();
+        fate.in_doubt = Some(in_doubt.clone());
+        let completion = Completion {
+            bytes: kiobuf.good.load(Ordering::Relaxed),
+            error: Some(*fate.error.get_or_insert(error)),
+            pages: None,
+            in_doubt: Some(in_doubt),
+        };
+        Some(Job::Kiobuf(end_io, completion))
     }
 
     /// Cuts the view: `self` keeps the first `bytes`, the rest is returned. One more count on the

@@ -43,19 +43,20 @@ pub use chain::Chain;
 pub use completion::FlushDone;
 pub use device::BlockDevice;
 pub use device::open::{
-    Backend, OpenError, OpenMode, backed_loop_device, open_device, write_protected,
+    ANSWER_TIME_DEFAULT, Backend, OpenError, OpenMode, backed_loop_device, open_device,
+    write_protected,
 };
 pub use device::sim::SimDevice;
 pub use error::{BlockError, ErrorKind, Op};
-pub use kiobuf::{Completion, EndIo, Kiobuf};
+pub use kiobuf::{Completion, EndIo, InDoubt, Kiobuf};
 pub use label::{LabelError, LabelInfo, read_label};
 pub use pages::{AlignedBuf, PageRun, PageVector};
-pub use request::DeviceRequest;
+pub use request::{DeviceRequest, Flight};
 pub use signature::foreign_signature;
 pub use stats::{Histogram, QueueStats, VolumeStats};
 pub use table::TableError;
 pub use units::{BLOCK_SIZE, PAGE_SIZE, VolBlock};
 pub use volume::{
-    Chunk, ChunkKind, ChunkMember, Class, DeviceInfo, FormatOptions, LabelFault, Plug, Profile,
-    Volume, VolumeError, VolumeErrorKind, VolumeInfo,
+    Chunk, ChunkKind, ChunkMember, Class, DeviceInfo, DiscardError, FormatOptions, LabelFault,
+    Plug, Profile, Volume, VolumeError, VolumeErrorKind, VolumeInfo,
 };

@@ -4,13 +4,17 @@
 //! [`PASSED_OVER_MAX`] times in a row. One thread at a time dispatches; others leave their requests
 //! and go on, so a synchronous completion that submits again does not recurse.
 //!
+//! A device that does not answer within its time is *silent*, see [`watch`].
+//!
 //! Lock order: `inner` and `flush` are never held together, nor while a device or `end_io` is
-//! called.
+//! called. A flight's lock is below `inner`.
 
 pub(crate) mod backlog;
 mod flush;
+mod watch;
 
 pub(crate) use flush::{FlushFanIn, FlushTicket};
+pub(crate) use watch::Watchdog;
 
 use crate::device::BlockDevice;
 use crate::error::{BlockError, ErrorKind, Op};
@@ -21,9 +25,10 @@ use crate::units::{PAGE_SIZE, dev_len};
 use backlog::Backlog;
 use flush::FlushState;
 use parking_lot::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
+use watch::InFlight;
 
 /// Longest device request. IOV_MAX (1024) pages would be 4 MiB: every segment of a chain has at
 /// least one page, so a request of at most this never has more segments than the kernel takes.
@@ -57,6 +62,7 @@ struct Inner {
     batch: Vec<DeviceRequest>,
     next_seq: u64,
     ended_seq_max: u64,
+    flights: InFlight,
     stats: Counters,
 }
 
@@ -71,6 +77,7 @@ struct Counters {
     front_merges: u64,
     out_of_order: u64,
     piecewise_retries: u64,
+    timed_out: u64,
 }
 
 /// The queue of one member device.
@@ -83,6 +90,8 @@ pub(crate) struct DeviceQueue {
     written: AtomicU64,
     /// Requests that entered the queue and whose views have not all ended.
     unsettled: AtomicU64,
+    /// The device does not answer: requests fail at once. Written under `inner`.
+    silent: AtomicBool,
     fallback: OnceLock<Weak<dyn ReadFallback>>,
 }
 
@@ -95,6 +104,7 @@ impl DeviceQueue {
             flush: Mutex::default(),
             written: AtomicU64::new(0),
             unsettled: AtomicU64::new(0),
+            silent: AtomicBool::new(false),
             fallback: OnceLock::new(),
         })
     }
@@ -128,12 +138,27 @@ impl DeviceQueue {
         inner.dispatching = true;
         let mut batch = std::mem::take(&mut inner.batch);
         loop {
+            if self.is_silent() {
+                let refused = inner.take_all();
+                let flush = std::mem::take(&mut inner.flush_wanted);
+                if refused.is_empty() && !flush {
+                    inner.batch = batch;
+                    inner.dispatching = false;
+                    return;
+                }
+                drop(inner);
+                self.refuse(refused, flush);
+                inner = self.inner.lock();
+                continue;
+            }
+            let now = Instant::now();
             if std::mem::take(&mut inner.flush_wanted) {
-                batch.push(self.with_owner(Parts::flush(self.index)));
+                let parts = inner.begin(Parts::flush(self.index));
+                batch.push(inner.flights.launch(parts, now, self));
             }
             while inner.in_flight < DEPTH_MAX {
                 let Some(parts) = inner.next() else { break };
-                batch.push(self.with_owner(parts));
+                batch.push(inner.flights.launch(parts, now, self));
             }
             if batch.is_empty() {
                 inner.batch = batch;
@@ -141,17 +166,9 @@ impl DeviceQueue {
                 return;
             }
             drop(inner);
-            let now = Instant::now();
-            for request in &mut batch {
-                request.mark_started(now);
-            }
             self.device.submit_batch(&mut batch);
             inner = self.inner.lock();
         }
-    }
-
-    fn with_owner(self: &Arc<Self>, parts: Parts) -> DeviceRequest {
-        DeviceRequest::with_owner(parts, Some(self.clone() as Arc<dyn RequestOwner>))
     }
 
     /// Waits until nothing is under way; false if that took longer than `timeout`.
@@ -247,6 +264,9 @@ impl DeviceQueue {
             front_merges: counters.front_merges,
             out_of_order: counters.out_of_order,
             piecewise_retries: counters.piecewise_retries,
+            timed_out: counters.timed_out,
+            silent: self.is_silent(),
+            unanswered: dev_len(inner.flights.unanswered()),
         }
     }
 }
@@ -267,18 +287,29 @@ impl Inner {
             }
         }
         self.passed_over[chosen] = 0;
-        let mut parts = self.lanes[chosen].pop()?;
+        let parts = self.lanes[chosen].pop()?;
         self.in_flight += 1;
         self.stats.in_flight_max = self.stats.in_flight_max.max(self.in_flight);
+        Some(self.begin(parts))
+    }
+
+    fn begin(&mut self, mut parts: Parts) -> Parts {
         self.next_seq += 1;
         parts.seq = self.next_seq;
-        Some(parts)
+        parts
+    }
+
+    /// Everything that waits.
+    fn take_all(&mut self) -> Vec<Parts> {
+        let lanes = self.lanes.iter_mut();
+        lanes
+            .flat_map(|lane| std::iter::from_fn(|| lane.pop()))
+            .collect()
     }
 
     /// Counts a request that the device ended; true if its slot should be refilled now. Refilling
     /// waits until a quarter of the depth is free, so that submissions go in batches.
     fn ended(&mut self, parts: &Parts, result: Result<u64, ErrorKind>, latency_ns: u64) -> bool {
-        self.in_flight -= 1;
         if parts.seq < self.ended_seq_max {
             self.stats.out_of_order += 1;
         }
@@ -302,17 +333,25 @@ impl Inner {
 }
 
 impl RequestOwner for DeviceQueue {
-    fn request_ended(self: Arc<Self>, parts: Parts, result: Result<u64, ErrorKind>) {
+    fn request_ended(self: Arc<Self>, parts: Parts, result: Result<u64, ErrorKind>, late: bool) {
+        let now = Instant::now();
         let elapsed = parts
             .started
-            .map_or(Duration::ZERO, |started| started.elapsed());
+            .map_or(Duration::ZERO, |started| now.duration_since(started));
         let latency_ns = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
         if parts.op == Op::Flush {
             let mut inner = self.inner.lock();
+            inner.flights.land(parts.slot);
             inner.stats.flushes += 1;
             inner.stats.flush_latency_ns.add(latency_ns);
-            drop(inner);
-            return self.flush_ended(result.map(|_| ()).map_err(|kind| parts.error(kind, 0)));
+            self.answered(inner, now);
+            return match late {
+                true => {}
+                false => {
+                    let result = result.map(|_| ()).map_err(|kind| parts.error(kind, 0));
+                    self.flush_ended(result, true);
+                }
+            };
         }
         if parts.op == Op::Write {
             // Before the views end, so that whoever saw its write end gets it flushed.
@@ -320,11 +359,23 @@ impl RequestOwner for DeviceQueue {
         }
         if let (Some(discarded), Err(kind)) = (&parts.discarded, result) {
             // Nobody may wait for it any more.
-            discarded.send(kind).unwrap_or_default();
+            discarded.send((kind, None)).unwrap_or_default();
         }
-        let refill = self.inner.lock().ended(&parts, result, latency_ns);
+        let mut inner = self.inner.lock();
+        if !inner.flights.land(parts.slot) {
+            inner.in_flight -= 1;
+        }
+        let refill = inner.ended(&parts, result, latency_ns);
+        self.answered(inner, now);
         if refill {
             self.kick();
+        }
+        if late {
+            // Its views were told; what they keep goes now.
+            if let Some(in_doubt) = &parts.in_doubt {
+                in_doubt.end();
+            }
+            return drop(parts);
         }
         self.settle(parts, result);
         self.unsettled.fetch_sub(1, Ordering::Release);

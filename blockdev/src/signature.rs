@@ -3,14 +3,13 @@
 //! Each signature is a magic number at a fixed place. The list favours what people have on disks.
 
 use crate::chain::Chain;
-use crate::device::BlockDevice;
+use crate::device::{BlockDevice, patience};
 use crate::error::Op;
 use crate::kiobuf::{Completion, Kiobuf};
 use crate::pages::AlignedBuf;
 use crate::request::DeviceRequest;
 use crate::units::mem_len;
 use std::sync::mpsc::sync_channel;
-use std::time::Duration;
 
 /// A magic number at a byte offset, counted from the start or, if negative, from the end.
 struct Signature {
@@ -65,8 +64,6 @@ const ZFS_UBERBLOCK: [u8; 8] = 0x00ba_b10c_u64.to_le_bytes();
 /// Bytes looked at, from the start and from the end.
 const HEAD_LEN: u64 = 1 << 20;
 const TAIL_LEN: u64 = 128 << 10;
-/// Bound on the wait for each of the two.
-const READ_WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Names what a device seems to hold already. `None`: nothing that is known here. A device that
 /// cannot be read has no known content either; formatting it will say why.
@@ -141,12 +138,14 @@ fn read(device: &dyn BlockDevice, offset: u64, len: u64) -> Option<AlignedBuf> {
         end_io,
     );
     device.submit(DeviceRequest::new(Op::Read, offset, Chain::from(kiobuf)));
-    let done = from.recv_timeout(READ_WAIT_MAX).ok()?;
+    let done = from
+        .recv_timeout(patience(device.answer_time_max(), 1))
+        .ok()?;
     if let Some(error) = done.error {
         log::warn!("{}: {error}", device.name());
         return None;
     }
-    AlignedBuf::from_pages(done.pages).ok()
+    AlignedBuf::from_pages(done.pages?).ok()
 }
 
 #[cfg(test)]

@@ -109,6 +109,12 @@ pub struct QueueStats {
     pub out_of_order: u64,
     /// Failed merged requests that were tried again piece by piece.
     pub piecewise_retries: u64,
+    /// Requests that the device did not answer in time.
+    pub timed_out: u64,
+    /// Those of them that it has not answered since.
+    pub unanswered: u64,
+    /// The device does not answer; requests to it fail at once until it does.
+    pub silent: bool,
 }
 
 /// What the volume did since it was assembled.

@@ -15,6 +15,7 @@ mod transfer;
 mod types;
 mod wait;
 
+pub use discard::DiscardError;
 pub use labels::LabelFault;
 pub use plug::Plug;
 pub use types::*;
@@ -22,10 +23,10 @@ pub use types::*;
 use crate::completion::FlushDone;
 use crate::device::BlockDevice;
 use crate::error::{BlockError, ErrorKind, Op};
-use crate::kiobuf::{Leg, View};
+use crate::kiobuf::{InDoubt, Leg, View};
 use crate::label::{DEVICE_BYTES_MIN, DEVICES_MAX, LABEL_TEXT_MAX, is_stripe_unit};
 use crate::pages::PageRun;
-use crate::queue::{DeviceQueue, FlushFanIn, FlushTicket, ReadFallback};
+use crate::queue::{DeviceQueue, FlushFanIn, FlushTicket, ReadFallback, Watchdog};
 use crate::request::Parts;
 use crate::stripe::Geometry;
 use crate::table::Table;
@@ -62,10 +63,14 @@ struct Durable {
     /// An update failed half way: which generation the members have is for the next assembly to
     /// say.
     failed: Option<BlockError>,
+    /// Discards of space in no chunk that a device may still carry out.
+    discarding: Vec<InDoubt>,
 }
 
 /// Assembled members with their chunk table and queues.
 pub struct Volume {
+    /// Dropped first, so that nothing looks at the queues of a volume that goes.
+    _watchdog: Option<Watchdog>,
     identity: Identity,
     devices: Vec<Arc<dyn BlockDevice>>,
     queues: Vec<Arc<DeviceQueue>>,
@@ -186,11 +191,13 @@ impl Volume {
         };
         let queues: Vec<_> = devices.iter().enumerate().map(queue).collect();
         let volume = Arc::new(Volume {
+            _watchdog: Watchdog::start(&queues),
             map: RwLock::new(Arc::new(ChunkMap::new(&table.chunks, devices.len()))),
             durable: Mutex::new(Durable {
                 table,
                 generation,
                 failed: None,
+                discarding: Vec::new(),
             }),
             meta_growth: AtomicU64::new(0),
             identity,
@@ -266,6 +273,10 @@ impl Volume {
             return Err(VolumeError::Volume(VolumeErrorKind::ReadOnly));
         }
         let mut durable = self.durable.lock();
+        durable.discarding.retain(|in_doubt| !in_doubt.is_over());
+        if !durable.discarding.is_empty() {
+            return Err(VolumeError::Volume(VolumeErrorKind::NoSpace));
+        }
         let space = self.space(&durable.table);
         let plan = match kind {
             ChunkKind::Data => space.plan_data(reserve_bytes),
@@ -379,6 +390,12 @@ impl Volume {
         for device in &self.devices {
             device.register_memory(arena);
         }
+    }
+
+    /// The first member that does not answer at the moment.
+    pub fn silent_device(&self) -> Option<u16> {
+        let silent = self.queues.iter().position(|queue| queue.is_silent())?;
+        u16::try_from(silent).ok()
     }
 
     /// Waits for what is under way, flushes, and marks the volume clean. Later I/O is refused. Only

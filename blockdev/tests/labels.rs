@@ -325,7 +325,7 @@ fn a_failed_update_is_not_followed_by_another() {
         Op::Write,
         0..MIB,
         SimEffect::Fail(ErrorKind::Os(5)),
-        Some(1),
+        Some(4),
     );
     assert!(volume.allocate_chunk(ChunkKind::Data, 0).is_err());
     assert!(volume.allocate_chunk(ChunkKind::Data, 0).is_err());
@@ -339,6 +339,16 @@ fn a_failed_update_is_not_followed_by_another() {
             .len(),
         1
     );
+}
+
+#[test]
+fn a_transient_error_of_an_update_is_not_seen() {
+    let sims = sims(&[16 * MIB; 2]);
+    let volume = Volume::format(as_devices(&sims), &options(64 * KIB)).unwrap();
+    let eio = SimEffect::Fail(ErrorKind::Os(5));
+    sims[1].inject(Op::Write, 0..MIB, eio, Some(3));
+    volume.allocate_chunk(ChunkKind::Data, 0).unwrap();
+    volume.close().unwrap();
 }
 
 #[test]

@@ -114,6 +114,36 @@ fn merged_and_split_kiobufs_end_once_each() {
     });
 }
 
+/// A device ends a request while it is given up: one end, whoever was first; if it was the device,
+/// the memory is whole and comes back, else it stays until the device is done.
+#[test]
+fn a_time_out_that_races_with_the_end_leaves_one_end() {
+    loom::model(|| {
+        let ends = std::sync::Arc::new(Mutex::new(Vec::new()));
+        let to = ends.clone();
+        let end_io = Box::new(move |done: Completion| to.lock().unwrap().push(done));
+        let buf = Box::new(AlignedBuf::zeroed(4096));
+        let chain = Chain::from(Kiobuf::new(buf, 0, 4096, end_io));
+        let request = DeviceRequest::new(Op::Read, 0, chain);
+        let flight = request.flight();
+        let device = thread::spawn(move || request.end(Ok(4096)));
+        let given_up = flight.time_out(0);
+        device.join().unwrap();
+        assert!(!flight.time_out(0), "it has ended");
+        let ends = ends.lock().unwrap();
+        assert_eq!(ends.len(), 1);
+        let done = &ends[0];
+        assert_eq!(given_up, done.error.is_some());
+        assert_eq!(given_up, done.pages.is_none());
+        assert_eq!(done.bytes, if given_up { 0 } else { 4096 });
+        assert!(
+            done.in_doubt
+                .as_ref()
+                .is_none_or(braidfs_blockdev::InDoubt::is_over)
+        );
+    });
+}
+
 /// A sleeping owner never misses what was posted, and two posters never both miss to wake it.
 #[test]
 fn a_posted_item_is_never_slept_over() {

@@ -154,7 +154,7 @@ fn scattered_and_registered_memory_arrives() {
             );
             assert_eq!((done.bytes, done.error), (2 * MIB, None));
             let outside = read(&*device, MIB, AlignedBuf::zeroed(2 << 20));
-            let outside = AlignedBuf::from_pages(outside.pages).ok().unwrap();
+            let outside = AlignedBuf::from_pages(outside.pages.unwrap()).ok().unwrap();
             for (index, &page) in scattered.iter().enumerate() {
                 assert_eq!(word(1024 + index), page as u64 + salt);
                 assert_eq!(

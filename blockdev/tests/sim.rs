@@ -183,7 +183,7 @@ fn a_read_may_lie_once() {
         let (sender, receiver) = sync_channel(1);
         let end = Box::new(move |done: Completion| {
             assert!(done.error.is_none());
-            let bytes = AlignedBuf::from_pages(done.pages).map_err(|_| "other pages");
+            let bytes = AlignedBuf::from_pages(done.pages.unwrap()).map_err(|_| "other pages");
             sender.send(bytes.unwrap()[..3].to_vec()).unwrap();
         });
         let kiobuf = Kiobuf::new(Box::new(AlignedBuf::zeroed(PAGE)), 0, PAGE, end);

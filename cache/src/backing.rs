@@ -1,7 +1,7 @@
 //! What the cache asks of the owner of pages: where they live, where they shall live, and the
 //! news that they got there.
 
-use braidfs_blockdev::{BlockError, VolBlock};
+use braidfs_blockdev::{BlockError, InDoubt, VolBlock};
 
 use crate::{CacheError, PageRange};
 
@@ -31,6 +31,10 @@ pub trait Backing: Send + Sync {
         crcs: &[u32],
         result: Result<(), BlockError>,
     );
+
+    /// The write of this placement is about to be reported as failed because a device did not
+    /// answer: it may still be carried out, until `in_doubt` says that it is over.
+    fn in_doubt(&self, _space: u64, _placement: Placement, _in_doubt: InDoubt) {}
 
     /// `pages` pages whose writeback failed had been dirtied again meanwhile: they were counted
     /// as newly dirty by that write and are one dirty page each now, not two. Called after

@@ -294,16 +294,9 @@ impl Fill {
         let mut failed = std::mem::take(&mut *self.failed.lock());
         let frames = self.lender.lock().take().and_then(Lender::finish);
         let Some(frames) = frames.map(FrameVec::into_frames) else {
-            // The block layer kept pages of a kiobuf that it ended: nothing here can be trusted.
-            log::error!("pages of a finished read are still in use");
-            let at = self.extents[0].block.0;
-            let error = BlockError {
-                kind: ErrorKind::Aborted,
-                op: Op::Read,
-                dev: BlockError::NO_DEVICE,
-                at,
-            };
-            failed.push((self.pages, CacheError::Block(error)));
+            // A device did not answer and still has pages, so none can be had: all of them fail.
+            let error = failed.first().map_or_else(|| self.lost_pages(), |f| f.1);
+            failed.push((self.pages, error));
             return self
                 .space
                 .put_in_place(self.base, Vec::new(), self.pages, &failed);
@@ -319,6 +312,17 @@ impl Fill {
             .cache
             .helper
             .run(Box::new(move || fill.repair(frames, bad, failed)));
+    }
+
+    /// The block layer kept pages of a kiobuf that it ended well: nothing here can be trusted.
+    fn lost_pages(&self) -> CacheError {
+        log::error!("pages of a finished read are still in use");
+        CacheError::Block(BlockError {
+            kind: ErrorKind::Aborted,
+            op: Op::Read,
+            dev: BlockError::NO_DEVICE,
+            at: self.extents[0].block.bytes(),
+        })
     }
 
     /// Pages whose content is not what the checksum says.

@@ -10,7 +10,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use braidfs_blockdev::{Class, PAGE_SIZE};
+use braidfs_blockdev::{Class, ErrorKind, PAGE_SIZE};
 use parking_lot::{Condvar, Mutex};
 use smallvec::SmallVec;
 
@@ -223,7 +223,14 @@ impl AddressSpace {
                     readahead: false,
                     room_min: 0,
                 };
-                self.request_wait(at, piece.len(), options)?.copy_to(piece);
+                let data = match self.request_wait(at, piece.len(), options) {
+                    // Into other memory, and from another copy if there is one.
+                    Err(CacheError::Block(error)) if error.kind == ErrorKind::TimedOut => {
+                        self.request_wait(at, piece.len(), options)?
+                    }
+                    data => data?,
+                };
+                data.copy_to(piece);
             }
             at += piece.len() as u64;
         }

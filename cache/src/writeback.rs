@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use braidfs_blockdev::{BlockError, Class, Completion, Kiobuf};
+use braidfs_blockdev::{BlockError, Class, Completion, InDoubt, Kiobuf};
 use parking_lot::{Condvar, Mutex};
 
 use crate::arena::Frame;
@@ -34,7 +34,7 @@ const GROUP_BATCHES_MAX: usize = 1024;
 const GROUPS_FLYING_MAX: usize = 2;
 /// Back-off of background writeback after an error: doubles up to the maximum.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
-const RETRY_MAX: Duration = Duration::from_secs(5);
+const RETRY_MAX: Duration = Duration::from_secs(30);
 
 /// The right to write back a space; ends when dropped.
 pub(crate) struct Pass {
@@ -103,7 +103,15 @@ struct GroupIo {
 #[derive(Default)]
 struct GroupState {
     left: usize,
-    failed: Vec<(usize, usize, BlockError)>,
+    failed: Vec<Failed>,
+}
+
+/// A placement that was not written: its batch, its number there, and why.
+struct Failed {
+    batch: usize,
+    number: usize,
+    error: BlockError,
+    in_doubt: Option<InDoubt>,
 }
 
 struct Group {
@@ -245,14 +253,10 @@ impl<'a> Writer<'a> {
         let Some(group) = self.flying.pop_front() else {
             return;
         };
-        let failed = group.io.wait();
+        let mut failed = group.io.wait();
         for (index, batch) in group.batches.into_iter().enumerate() {
-            let failed: Vec<_> = failed
-                .iter()
-                .filter(|f| f.0 == index)
-                .map(|&(_, number, e)| (number, e))
-                .collect();
-            end_batch(&batch, &failed);
+            let own: Vec<_> = failed.extract_if(.., |f| f.batch == index).collect();
+            end_batch(&batch, own);
         }
         let now = Instant::now();
         let busy = now - group.started.max(self.last_end);
@@ -269,7 +273,7 @@ impl Drop for Writer<'_> {
 }
 
 /// Tells the backing, then lets the pages leave writeback.
-fn end_batch(batch: &Batch, failed: &[(usize, BlockError)]) {
+fn end_batch(batch: &Batch, mut failed: Vec<Failed>) {
     let space = &batch.pass.space;
     let mut crcs = batch.crcs.as_slice();
     let mut good = Vec::with_capacity(batch.placements.len());
@@ -277,7 +281,12 @@ fn end_batch(batch: &Batch, failed: &[(usize, BlockError)]) {
     for (number, &placement) in batch.placements.iter().enumerate() {
         let (own, rest) = crcs.split_at(mem(placement.pages.count()));
         crcs = rest;
-        let error = failed.iter().find(|f| f.0 == number).map(|f| f.1);
+        let at = failed.iter().position(|f| f.number == number);
+        let failure = at.map(|at| failed.swap_remove(at));
+        let error = failure.as_ref().map(|failure| failure.error);
+        if let Some(in_doubt) = failure.and_then(|failure| failure.in_doubt) {
+            space.backing.in_doubt(space.id, placement, in_doubt);
+        }
         space
             .backing
             .written(space.id, placement, own, error.map_or(Ok(()), Err));
@@ -356,11 +365,17 @@ fn check_placements(runs: &[PageRange], placements: &[Placement]) -> Result<(), 
 }
 
 impl GroupIo {
-    fn end_io(&self, batch: usize, placement: usize, completion: Completion) {
+    fn end_io(&self, batch: usize, number: usize, completion: Completion) {
         drop(completion.pages);
         let mut state = self.state.lock();
         if let Some(error) = completion.error {
-            state.failed.push((batch, placement, error));
+            let in_doubt = completion.in_doubt;
+            state.failed.push(Failed {
+                batch,
+                number,
+                error,
+                in_doubt,
+            });
         }
         state.left -= 1;
         if state.left == 0 {
@@ -369,7 +384,7 @@ impl GroupIo {
     }
 
     /// Bounded by the block layer: every kiobuf ends.
-    fn wait(&self) -> Vec<(usize, usize, BlockError)> {
+    fn wait(&self) -> Vec<Failed> {
         let mut state = self.state.lock();
         while state.left > 0 {
             self.ended.wait(&mut state);
@@ -584,6 +599,12 @@ impl Cache {
             writer.write_back(&pass, PageRange::ALL, u64::MAX);
         }
         writer.drain();
+    }
+
+    /// The owners' numbers of Data spaces that have dirty pages.
+    pub fn dirty_spaces(&self) -> Vec<u64> {
+        let spaces = self.dirty_list(SpaceClass::Data).spaces();
+        spaces.iter().map(|space| space.id).collect()
     }
 
     /// Pages of Data spaces that are dirty or in writeback.

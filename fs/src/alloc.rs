@@ -19,17 +19,22 @@
 //! not go below the float, after a commit all of it is there again, and a rewrite on a full volume
 //! succeeds, if need be after a commit. New blocks of files never touch it.
 //!
+//! What a device failed to write, or may still write, is kept back, see [`parked`].
+//!
 //! A block with data that was turned into one set aside (ZERO_RANGE) is still named as data by the
 //! durable state. It is *converted* until that changes, and not written in place so long.
+
+mod parked;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use braidfs_blockdev::{BLOCK_SIZE, Chunk, ChunkKind, Volume};
+use braidfs_blockdev::{BLOCK_SIZE, Chunk, ChunkKind, InDoubt, Volume};
 use parking_lot::{Condvar, Mutex};
 use redb::ReadableTable;
 
 use crate::Errno;
+use parked::Parked;
 
 /// Runs of blocks: start -> length, disjoint, never adjacent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -100,6 +105,12 @@ impl RunSet {
     fn contains(&self, start: u64, len: u64) -> bool {
         let run = self.runs.range(..=start).next_back();
         run.is_some_and(|(run, run_len)| start + len <= run + run_len)
+    }
+
+    /// Whether any of `len` blocks at `start` is in the set.
+    fn overlaps(&self, start: u64, len: u64) -> bool {
+        let run = self.runs.range(..start + len).next_back();
+        run.is_some_and(|(run, run_len)| run + run_len > start)
     }
 
     pub(crate) fn blocks(&self) -> u64 {
@@ -241,6 +252,7 @@ struct Inner {
     pending: u64,
     /// Where the last allocation ended: the next one goes on from there.
     cursor: u64,
+    parked: Parked,
     log: SpaceLog,
     /// See the module's description: of the open and the committing group.
     converted: RunSet,
@@ -251,7 +263,24 @@ struct Inner {
 impl Inner {
     /// Free and not reserved.
     fn unused(&self) -> u64 {
-        (self.free.blocks() + self.trimming).saturating_sub(self.reserved)
+        self.free_blocks().saturating_sub(self.reserved)
+    }
+
+    fn free_blocks(&self) -> u64 {
+        self.free.blocks() + self.trimming + self.parked.suspect_blocks()
+    }
+
+    fn sweep(&mut self) {
+        self.parked.sweep(&mut self.free);
+    }
+
+    fn trust_all(&mut self) {
+        self.parked.trust_all(&mut self.free);
+    }
+
+    /// Nothing owns these blocks any more; false if nothing did before.
+    fn put_free(&mut self, start: u64, len: u64) -> bool {
+        self.parked.put(&mut self.free, start, len)
     }
 }
 
@@ -359,6 +388,7 @@ impl Allocator {
             trimming: 0,
             pending: 0,
             cursor: 0,
+            parked: Parked::default(),
             log,
             converted: RunSet::default(),
             chunk_blocks: data.blocks(),
@@ -441,11 +471,20 @@ impl Allocator {
     pub(crate) fn allocate(&self, mut blocks: u64, out: &mut Vec<(u64, u64)>) -> Result<(), Errno> {
         self.keep_a_long_run();
         let mut inner = self.inner.lock();
+        inner.sweep();
         while inner.free.blocks() < blocks && inner.trimming > 0 {
             // Device I/O ends in bounded time, and so does this.
             self.trimmed.wait(&mut inner);
         }
         if inner.free.blocks() < blocks {
+            inner.trust_all();
+        }
+        if inner.free.blocks() < blocks {
+            let held = inner.parked.held_blocks();
+            if held > 0 {
+                log::error!("{held} blocks cannot be used until a device answers");
+                return Err(Errno::IO);
+            }
             log::error!("allocator: {blocks} reserved blocks are not there");
             return Err(Errno::NOSPC);
         }
@@ -483,10 +522,21 @@ impl Allocator {
         inner.log.freed.push((start, len));
     }
 
+    /// A device that did not answer may still write, or discard, these blocks: until it is done
+    /// they are not handed out, nor written in place.
+    pub(crate) fn doubt(&self, start: u64, len: u64, in_doubt: InDoubt) {
+        self.inner.lock().parked.doubt(start, len, in_doubt);
+    }
+
     /// Takes an allocation back that never got mapped (its write failed) and reserves it again.
     pub(crate) fn unallocate(&self, start: u64, len: u64) {
         let mut inner = self.inner.lock();
-        if inner.free.insert(start, len) {
+        let Inner { free, parked, .. } = &mut *inner;
+        let is_new = match parked.first_doubt(start, len) {
+            Some(_) => parked.put(free, start, len),
+            None => parked.put_suspect(free, start, len),
+        };
+        if is_new {
             inner.reserved += len;
         } else {
             log::error!("blocks {start}+{len} were handed out while they were free");
@@ -510,10 +560,15 @@ impl Allocator {
         }
     }
 
-    /// How many blocks from `start` on, `len` at the most, are alike in being converted; and
-    /// whether they are.
-    pub(crate) fn converted_run(&self, start: u64, len: u64) -> (bool, u64) {
+    /// How many blocks from `start` on, `len` at the most, are alike in that they must not be
+    /// written in place, because they are converted or in doubt; and whether they are.
+    pub(crate) fn fixed_run(&self, start: u64, len: u64) -> (bool, u64) {
         let inner = self.inner.lock();
+        let len = match inner.parked.first_doubt(start, len) {
+            Some((from, count)) if from == start => return (true, count),
+            Some((from, _)) => from - start,
+            None => len,
+        };
         let runs = &inner.converted.runs;
         if let Some((&run, &run_len)) = runs.range(..=start).next_back()
             && start < run + run_len
@@ -537,8 +592,9 @@ impl Allocator {
     /// The group is durable and nobody reads its freed blocks any more: hand them out again.
     pub(crate) fn release(&self, log: &SpaceLog) {
         let mut inner = self.inner.lock();
+        inner.sweep();
         for &(start, len) in log.freed() {
-            if !inner.free.insert(start, len) {
+            if !inner.put_free(start, len) {
                 log::error!("blocks {start}+{len} were freed twice; run 'braidfs fsck -n'");
             }
             inner.pending -= len;
@@ -575,7 +631,7 @@ impl Allocator {
     pub(crate) fn end_trim(&self, start: u64, len: u64) {
         let mut inner = self.inner.lock();
         inner.trimming -= len;
-        if !inner.free.insert(start, len) {
+        if !inner.put_free(start, len) {
             log::error!("blocks {start}+{len} were handed out while they were discarded");
         }
         drop(inner);
@@ -603,7 +659,7 @@ impl Allocator {
         let inner = self.inner.lock();
         SpaceStats {
             chunk_blocks: inner.chunk_blocks,
-            free_blocks: inner.free.blocks() + inner.trimming,
+            free_blocks: inner.free_blocks(),
             float_blocks: self.float_blocks,
             reserved_blocks: inner.reserved,
             pending_blocks: inner.pending,

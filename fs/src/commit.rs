@@ -13,6 +13,9 @@
 //! Those who wait (fsync, ENOSPC, unmount) share a commit: each needs one whose gate closed after
 //! its call. A commit that fails leaves the durable state as it was and turns the file system
 //! read-only; the waiters get EIO.
+//!
+//! While a device does not answer no commit is begun, since it would fail: who waits for one gets
+//! EIO, and the changes stay in memory until the device answers again.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -42,6 +45,8 @@ struct State {
     closed: u64,
     /// Commits that ended, well or not.
     ended: u64,
+    /// The last of them that ended well.
+    good: u64,
     /// Somebody waits for a commit beyond this count of `closed`.
     wanted: u64,
     stop: bool,
@@ -54,6 +59,8 @@ pub struct TxgStats {
     pub commits: u64,
     /// Commits that failed.
     pub failures: u64,
+    /// Commits that were not begun because a device did not answer.
+    pub refusals: u64,
     /// Callers that waited for a commit (fsync and the like); shared ones count each.
     pub waiters: u64,
     /// Time from the start of a commit to its end: sum over all commits, microseconds.
@@ -143,7 +150,7 @@ impl FileSystem {
         while state.ended < mine && !state.stop {
             committer.changed.wait(&mut state);
         }
-        if state.ended < mine {
+        if state.good < mine {
             return Err(Errno::IO);
         }
         drop(state);
@@ -180,6 +187,8 @@ impl FileSystem {
     pub(crate) fn run_commits(&self) {
         let committer = &self.committer;
         let mut swept = Instant::now();
+        // A device that did not answer when a commit was due, so that it is told once.
+        let mut silent = None;
         loop {
             let deadline = Instant::now() + self.options.commit_interval;
             let mut state = committer.state.lock();
@@ -199,7 +208,12 @@ impl FileSystem {
             drop(state);
             self.meta.mend_now();
             if !self.is_read_only() && (asked || self.is_changed()) {
-                self.commit_once();
+                let now_silent = self.commit_or_refuse();
+                if let Some(device) = now_silent.filter(|_| silent != now_silent) {
+                    let name = self.volume.device_name(device);
+                    log::error!("no commit until {name} answers: changes stay in memory");
+                }
+                silent = now_silent;
             } else {
                 self.end_empty();
             }
@@ -222,15 +236,38 @@ impl FileSystem {
         let mut state = self.committer.state.lock();
         state.closed += 1;
         state.ended = state.closed;
+        state.good = state.closed;
         drop(state);
         self.committer.changed.notify_all();
     }
 
-    fn commit_once(&self) {
+    /// The device because of which there was no commit.
+    fn commit_or_refuse(&self) -> Option<u16> {
         if self.failed.load(Ordering::SeqCst) {
-            return self.end_empty();
+            self.end_empty();
+            return None;
         }
         let began = Instant::now();
+        if self.volume.silent_device().is_none() {
+            self.prepare();
+        }
+        let silent = self.volume.silent_device();
+        match silent {
+            None => self.commit_once(began),
+            Some(_) => {
+                self.committer.stats.lock().refusals += 1;
+                let mut state = self.committer.state.lock();
+                state.closed += 1;
+                state.ended = state.closed;
+                drop(state);
+                self.committer.changed.notify_all();
+            }
+        }
+        silent
+    }
+
+    /// Step 1.
+    fn prepare(&self) {
         for _ in 0..PREPARE_ROUNDS_MAX {
             if self.cache.dirty_bytes() == 0 {
                 break;
@@ -240,6 +277,9 @@ impl FileSystem {
                 break;
             }
         }
+    }
+
+    fn commit_once(&self, began: Instant) {
         let atimes_room = self.room_for_atimes();
         self.committer.state.lock().closed += 1;
         let closing = Instant::now();
@@ -281,7 +321,8 @@ impl FileSystem {
                 self.failed.store(true, Ordering::SeqCst);
                 log::error!(
                     "a commit failed, the file system is read-only from now on: {error}; what \
-                     was durable before is intact. Unmount, mend the devices, mount again"
+                     was durable before is intact. Copy away what you need, unmount, mend the \
+                     device, mount again"
                 );
             }
         }
@@ -299,6 +340,9 @@ impl FileSystem {
         }
         let mut state = self.committer.state.lock();
         state.ended = state.closed;
+        if result.is_ok() {
+            state.good = state.closed;
+        }
         drop(state);
         self.committer.changed.notify_all();
     }

@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Weak};
 
-use braidfs_blockdev::{BlockError, VolBlock};
+use braidfs_blockdev::{BlockError, InDoubt, VolBlock};
 use braidfs_cache::{Backing, CacheError, MapOut, PageRange, Placement, SpaceClass};
 
 use crate::filesystem::FileSystem;
@@ -141,8 +141,8 @@ impl FileSystem {
             at = start;
             while at < start + len {
                 let here = block + (at - start);
-                let (converted, count) = self.space.converted_run(here, start + len - at);
-                let home = (!converted).then_some(here);
+                let (fixed, count) = self.space.fixed_run(here, start + len - at);
+                let home = (!fixed).then_some(here);
                 homes.extend(part(at, at + count, home));
                 at += count;
             }
@@ -255,6 +255,13 @@ impl Backing for DataBacking {
                 placement.pages.end,
                 placement.block.0
             );
+        }
+    }
+
+    fn in_doubt(&self, _space: u64, placement: Placement, in_doubt: InDoubt) {
+        if let Ok((fs, _)) = self.owner() {
+            let (start, len) = (placement.block.0, placement.pages.count());
+            fs.space.doubt(start, len, in_doubt);
         }
     }
 

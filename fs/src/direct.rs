@@ -15,7 +15,7 @@ use crate::alloc::Room;
 use crate::file::{OpenFile, ReadDone, ReadReply};
 use crate::filesystem::FileSystem;
 use crate::inode::{Inode, PAGE};
-use crate::latch::Latch;
+use crate::latch::{Failed, Latch};
 use crate::meta::records::Extent;
 use crate::range_lock::RangeGuard;
 use crate::txg::ReadPass;
@@ -127,8 +127,15 @@ impl FileSystem {
         let range = inode.ranges.exclusive(offset, offset + len as u64);
         let homes = self.direct_homes(inode, pages, room);
         let homes = homes.inspect_err(|_| self.space.unreserve(count))?;
-        let written = self.write_homes(frames, &homes).map_err(|error| {
+        let written = self.write_homes(frames, &homes).map_err(|failed| {
+            let error = failed.error;
             log::error!("inode {}: direct write at {offset}: {error}", inode.ino);
+            for in_doubt in failed.in_doubt {
+                for home in &homes {
+                    let (start, len) = (home.block.0, home.pages.count());
+                    self.space.doubt(start, len, in_doubt.clone());
+                }
+            }
             Errno(error.errno())
         });
         let mapped = match written {
@@ -216,16 +223,14 @@ impl FileSystem {
     }
 
     /// Writes private pages to their homes and waits for them.
-    fn write_homes(&self, frames: FrameVec, homes: &[Placement]) -> Result<(), BlockError> {
+    fn write_homes(&self, frames: FrameVec, homes: &[Placement]) -> Result<(), Failed> {
         let latch = Arc::new(Latch::new(homes.len()));
         let mut lender = frames.lend();
         let mut plug = self.volume.plug();
         for home in homes {
             let count = usize::try_from(home.pages.count()).expect("bounded");
             let ended = Arc::clone(&latch);
-            let end_io = Box::new(move |completion: braidfs_blockdev::Completion| {
-                ended.end(completion.error);
-            });
+            let end_io = Box::new(move |completion| ended.end(completion));
             let bytes = count * usize::try_from(PAGE).expect("a page is small");
             let kiobuf = Kiobuf::new(lender.take(count), 0, bytes, end_io);
             plug.write(home.block, kiobuf, Class::Sync);

@@ -55,6 +55,9 @@ pub(crate) const SETTING_NEXT_INO: &[u8] = b"next_ino";
 /// Name in the settings of the number of inodes.
 pub(crate) const SETTING_INODE_COUNT: &[u8] = b"inode_count";
 
+/// Files named in a message about lost data.
+const LOST_SHOWN_MAX: usize = 20;
+
 /// A mounted file system.
 pub struct FileSystem {
     pub(crate) me: Weak<FileSystem>,
@@ -303,7 +306,22 @@ impl FileSystem {
         match self.cache.dirty_bytes() {
             0 => Ok(()),
             bytes => {
-                log::error!("{bytes} bytes of data could not be written and are lost");
+                let inodes = self.cache.dirty_spaces();
+                let shown: Vec<_> = inodes
+                    .iter()
+                    .take(LOST_SHOWN_MAX)
+                    .map(Ino::to_string)
+                    .collect();
+                let more = if inodes.len() > shown.len() {
+                    ", ..."
+                } else {
+                    ""
+                };
+                log::error!(
+                    "{bytes} bytes of data could not be written and are lost, of inodes {}{more} \
+                     (find -inum tells their names)",
+                    shown.join(", ")
+                );
                 Err(Errno::IO)
             }
         }

@@ -4,7 +4,7 @@
 //! back when the devices know. Only space that is free in the durable state is discarded: what a
 //! group freed becomes free after its commit, and after its readers are gone.
 
-use braidfs_blockdev::{BLOCK_SIZE, ErrorKind, VolBlock};
+use braidfs_blockdev::{BLOCK_SIZE, DiscardError, ErrorKind, VolBlock};
 
 use crate::Errno;
 use crate::alloc::SpaceLog;
@@ -17,7 +17,7 @@ fn refused(what: &str, first: u64, count: u64, kind: ErrorKind) -> Errno {
     if kind == ErrorKind::Os(libc::EOPNOTSUPP) {
         return Errno::NOTSUP;
     }
-    log::warn!("discarding {what} {first}+{count}: {kind:?}");
+    log::warn!("discarding {what} {first}+{count}: {kind}");
     Errno::IO
 }
 
@@ -53,7 +53,8 @@ impl FileSystem {
             let done = self
                 .volume
                 .discard_unallocated(at * BLOCK_SIZE, next * BLOCK_SIZE);
-            trimmed += done.map_err(|kind| refused("space in no chunk", at, next - at, kind))?;
+            trimmed +=
+                done.map_err(|error| refused("space in no chunk", at, next - at, error.kind))?;
             at = next;
         }
         Ok(trimmed)
@@ -77,8 +78,11 @@ impl FileSystem {
             }
             run_end = if count == most { at } else { 0 };
             let done = self.volume.discard_wait(&[(VolBlock(first), count)]);
+            if let Err(error) = &done {
+                self.doubt_all(&[(first, count)], error);
+            }
             self.space.end_trim(first, count);
-            done.map_err(|kind| refused("blocks", first, count, kind))?;
+            done.map_err(|error| refused("blocks", first, count, error.kind))?;
             trimmed += count * BLOCK_SIZE;
         }
         Ok(trimmed)
@@ -89,7 +93,17 @@ impl FileSystem {
         let freed = log.freed().iter();
         let ranges: Vec<_> = freed.map(|&(start, len)| (VolBlock(start), len)).collect();
         if let Err(error) = self.volume.discard_wait(&ranges) {
-            log::debug!("discarding freed blocks: {error:?}");
+            log::debug!("discarding freed blocks: {}", error.kind);
+            self.doubt_all(log.freed(), &error);
+        }
+    }
+
+    /// Which of the ranges a device may still discard is not known.
+    fn doubt_all(&self, ranges: &[(u64, u64)], error: &DiscardError) {
+        for in_doubt in &error.in_doubt {
+            for &(start, len) in ranges {
+                self.space.doubt(start, len, in_doubt.clone());
+            }
         }
     }
 }

@@ -4,7 +4,7 @@
 mod common;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use braidfs::{Errno, FileSystem, MountOptions, ROOT_INO, SetAttr};
 use braidfs_blockdev::device::sim::{SimEffect, SimHistory, SimLoss, SimReplay};
@@ -191,6 +191,114 @@ fn writes_repeated_in_the_background_keep_the_accounts_through_commits() {
     assert_eq!(fs.stats().space.reserved_blocks, 0);
     for file in &files {
         assert!(read(&fs, file, 10_000, 50_000) == pattern(29, 50_000));
+    }
+    fs.unmount().unwrap();
+    check(&devices);
+}
+
+/// A write that a device did not answer lands late, after everything else took its turn.
+#[test]
+fn blocks_of_a_write_that_was_given_up_are_not_used_before_it_is_over() {
+    for set_aside in [false, true] {
+        let devices = devices(2, 24 << 20);
+        format(&devices);
+        let members = timed::members(&devices, Duration::from_millis(200));
+        let fs = mount_members(members, options());
+        let file = create(&fs, ROOT_INO, "f");
+        if set_aside {
+            fs.fallocate(&file, 0, 0, MIB as u64).unwrap();
+        }
+        fs.fsync(&file, false).unwrap();
+        devices.iter().for_each(|device| device.hold(true));
+        write(&fs, &file, 0, &pattern(2, MIB));
+        assert_eq!(fs.fsync(&file, false), Err(Errno::IO));
+        let held: usize = devices.iter().map(|device| device.held().len()).sum();
+        assert!(held > 0);
+        devices.iter().for_each(|device| device.hold(false));
+        let until = Instant::now() + Duration::from_secs(20);
+        while fs.volume().silent_device().is_some() {
+            assert!(Instant::now() < until, "the devices answer now");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let bytes = pattern(3, MIB);
+        write(&fs, &file, 0, &bytes);
+        let told = fs.fsync(&file, false);
+        assert!(told.is_ok() || fs.fsync(&file, false).is_ok());
+        let mut others = Vec::new();
+        for nth in 0.. {
+            let other = create(&fs, ROOT_INO, &format!("other{nth}"));
+            let taken = try_write(&fs, &other, 0, &pattern(100 + nth, MIB), false);
+            if taken != Ok(MIB as u32) || fs.fsync(&other, false).is_err() {
+                fs.unlink(ROOT_INO, format!("other{nth}").as_bytes())
+                    .unwrap();
+                fs.release(&other);
+                break;
+            }
+            others.push(other);
+        }
+        assert!(others.len() > 3);
+        devices.iter().for_each(|device| device.release_all());
+        fs.sync().unwrap();
+        fs.unmount().unwrap();
+        check(&devices);
+        let fs = mount(&devices);
+        assert!(read(&fs, &open(&fs, "f"), 0, MIB) == bytes, "{set_aside}");
+        for nth in 0..others.len() as u64 {
+            let other = open(&fs, &format!("other{nth}"));
+            assert!(read(&fs, &other, 0, MIB) == pattern(100 + nth, MIB));
+        }
+        fs.unmount().unwrap();
+    }
+}
+
+/// While a device does not answer nothing is committed, and nothing is lost.
+#[test]
+fn a_silence_ends_without_a_trace() {
+    let devices = devices(2, 24 << 20);
+    format(&devices);
+    let members = timed::members(&devices, Duration::from_millis(200));
+    let fs = mount_members(members, options());
+    let file = create(&fs, ROOT_INO, "f");
+    fs.sync().unwrap();
+    devices[0].hold(true);
+    devices[1].hold(true);
+    write(&fs, &file, 0, &pattern(2, MIB));
+    assert_eq!(fs.fsync(&file, false), Err(Errno::IO));
+    let begun = Instant::now();
+    create(&fs, ROOT_INO, "g");
+    assert_eq!(fs.sync(), Err(Errno::IO));
+    assert!(
+        begun.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        begun.elapsed()
+    );
+    assert!(fs.stats().txg.refusals > 0);
+    assert!(read(&fs, &file, 0, MIB) == pattern(2, MIB));
+    for device in &devices {
+        device.hold(false);
+        device.release_all();
+    }
+    fs.sync().unwrap();
+    fs.unmount().unwrap();
+    check(&devices);
+    let fs = mount(&devices);
+    assert_eq!(names(&fs, ROOT_INO), ["f", "g"]);
+    assert!(read(&fs, &open(&fs, "f"), 0, MIB) == pattern(2, MIB));
+    fs.unmount().unwrap();
+}
+
+/// An error of a metadata write that passes is not seen.
+#[test]
+fn a_commit_survives_errors_that_pass() {
+    let devices = devices(2, 32 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    for nth in 0..5 {
+        let file = create(&fs, ROOT_INO, &format!("f{nth}"));
+        fail(&devices, Op::Write, Some(2));
+        fs.fsync(&file, false).unwrap();
+        heal(&devices);
+        fs.release(&file);
     }
     fs.unmount().unwrap();
     check(&devices);

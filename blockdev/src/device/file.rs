@@ -10,6 +10,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 /// The kernel's limit on segments of one vectored call.
 pub(super) const IOV_MAX: usize = 1024;
@@ -23,6 +24,7 @@ pub(super) struct DeviceFile {
     pub direct: bool,
     pub is_block: bool,
     pub is_writable: bool,
+    pub answer_time_max: Duration,
     /// A block device that was opened shared is opened once more when it is taken for ourselves.
     pub claim: OnceLock<File>,
 }

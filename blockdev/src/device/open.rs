@@ -14,6 +14,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 /// Which backend to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,7 +29,7 @@ pub enum Backend {
 }
 
 /// How to open a device.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct OpenMode {
     /// Take a shared lock and do not write.
     pub read_only: bool,
@@ -39,6 +40,24 @@ pub struct OpenMode {
     pub direct: bool,
     /// The backend.
     pub backend: Backend,
+    /// See [`BlockDevice::answer_time_max`].
+    pub answer_time_max: Duration,
+}
+
+/// A device that has not answered a request after this long is not going to for a while: the
+/// kernel's own disk drivers give up after 30 s.
+pub const ANSWER_TIME_DEFAULT: Duration = Duration::from_secs(30);
+
+impl Default for OpenMode {
+    fn default() -> Self {
+        OpenMode {
+            read_only: false,
+            for_writing_later: false,
+            direct: false,
+            backend: Backend::Auto,
+            answer_time_max: ANSWER_TIME_DEFAULT,
+        }
+    }
 }
 
 /// Why a device cannot be opened. Messages do not name the device: the caller knows it.
@@ -156,6 +175,7 @@ fn open_file(path: &Path, mode: OpenMode) -> Result<DeviceFile, OpenError> {
         direct,
         is_block,
         is_writable,
+        answer_time_max: mode.answer_time_max,
         claim: OnceLock::new(),
     })
 }

@@ -12,6 +12,7 @@ use crate::request::DeviceRequest;
 use parking_lot::{Condvar, Mutex};
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Threads per device: enough for a disk's own queue to have something to sort, few enough not to
 /// crowd the machine.
@@ -113,6 +114,10 @@ impl BlockDevice for PoolDevice {
         } else {
             "threads"
         }
+    }
+
+    fn answer_time_max(&self) -> Duration {
+        self.shared().file.answer_time_max
     }
 
     fn make_writable(&self) -> Result<(), OpenError> {

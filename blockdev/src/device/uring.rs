@@ -150,6 +150,10 @@ impl BlockDevice for UringDevice {
         }
     }
 
+    fn answer_time_max(&self) -> Duration {
+        self.shared().file.answer_time_max
+    }
+
     fn make_writable(&self) -> Result<(), OpenError> {
         self.shared().file.make_writable()
     }

@@ -88,6 +88,7 @@ impl DeviceQueue {
         let at_once = match (state.failed, state.running) {
             (Some(error), _) => Some(Err(error)),
             _ if state.flushed >= need => Some(Ok(())),
+            (None, None) if self.is_silent() => Some(Err(self.not_answered(Op::Flush, 0))),
             (None, Some(covers)) if covers >= need => {
                 state.joined.push(ticket);
                 return;
@@ -114,12 +115,14 @@ impl DeviceQueue {
         self.kick();
     }
 
-    pub(super) fn flush_ended(self: &Arc<Self>, result: Result<(), BlockError>) {
+    /// The flush under way ended. `begun`: the device was asked, so that a failure lasts.
+    pub(super) fn flush_ended(self: &Arc<Self>, result: Result<(), BlockError>, begun: bool) {
         let mut state = self.flush.lock();
         let covered = state.running.take().unwrap_or(0);
         match result {
             Ok(()) => state.flushed = state.flushed.max(covered),
-            Err(error) => state.failed = Some(error),
+            Err(error) if begun => state.failed = Some(error),
+            Err(_) => {}
         }
         let mut ended = std::mem::take(&mut state.joined);
         if result.is_err() {

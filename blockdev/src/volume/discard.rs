@@ -5,7 +5,8 @@
 
 use super::Volume;
 use crate::error::{ErrorKind, Op};
-use crate::request::Parts;
+use crate::kiobuf::InDoubt;
+use crate::request::{DiscardFailed, Parts};
 use crate::stripe::Geometry;
 use crate::units::VolBlock;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -14,11 +15,31 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 type Ranges = Vec<(u64, u64)>;
 
 /// The list ends when each of the requests has dropped its sender: waits for all of them.
-fn wait_for_all(errors: &Receiver<ErrorKind>) -> Result<(), ErrorKind> {
-    let mut found = errors.iter();
-    let first = found.next();
-    found.for_each(drop);
-    first.map_or(Ok(()), Err)
+fn wait_for_all(errors: &Receiver<DiscardFailed>) -> Result<(), DiscardError> {
+    let mut all = errors.iter();
+    let Some((kind, in_doubt)) = all.next() else {
+        return Ok(());
+    };
+    let mut in_doubt: Vec<InDoubt> = in_doubt.into_iter().collect();
+    in_doubt.extend(all.filter_map(|(_, in_doubt)| in_doubt));
+    Err(DiscardError { kind, in_doubt })
+}
+
+/// Why a discard failed.
+#[derive(Clone, Debug)]
+pub struct DiscardError {
+    /// The first cause.
+    pub kind: ErrorKind,
+    /// Parts that a device did not answer, and may still carry out: what they are of must not be
+    /// used before they are over.
+    pub in_doubt: Vec<InDoubt>,
+}
+
+impl From<ErrorKind> for DiscardError {
+    fn from(kind: ErrorKind) -> Self {
+        let in_doubt = Vec::new();
+        DiscardError { kind, in_doubt }
+    }
 }
 
 impl Volume {
@@ -31,11 +52,11 @@ impl Volume {
     /// Tells the devices that some ranges hold nothing of value, and waits until they know: then
     /// the ranges may be written again. Device I/O ends in bounded time. The error is the first of
     /// any device.
-    pub fn discard_wait(&self, ranges: &[(VolBlock, u64)]) -> Result<(), ErrorKind> {
+    pub fn discard_wait(&self, ranges: &[(VolBlock, u64)]) -> Result<(), DiscardError> {
         wait_for_all(&self.start_discard(ranges))
     }
 
-    fn start_discard(&self, ranges: &[(VolBlock, u64)]) -> Receiver<ErrorKind> {
+    fn start_discard(&self, ranges: &[(VolBlock, u64)]) -> Receiver<DiscardFailed> {
         let (sender, errors) = channel();
         if self.refusal(Op::Write).is_some() {
             return errors;
@@ -70,7 +91,7 @@ impl Volume {
         errors
     }
 
-    fn send_discards(&self, on_device: Vec<Ranges>, sender: &Sender<ErrorKind>) {
+    fn send_discards(&self, on_device: Vec<Ranges>, sender: &Sender<DiscardFailed>) {
         for ((dev, queue), parts) in (0..).zip(&self.queues).zip(on_device) {
             if parts.is_empty() {
                 continue;
@@ -86,11 +107,11 @@ impl Volume {
     /// As [`Volume::discard_wait`], for device space that is in no chunk: thought of as one run,
     /// the gaps of one device after those of the other, the part `from..to`, in bytes. Returns how
     /// many bytes that were. No chunk can be made meanwhile, so let the part be small.
-    pub fn discard_unallocated(&self, from: u64, to: u64) -> Result<u64, ErrorKind> {
+    pub fn discard_unallocated(&self, from: u64, to: u64) -> Result<u64, DiscardError> {
         if let Some(error) = self.refusal(Op::Write) {
-            return Err(error);
+            return Err(error.into());
         }
-        let durable = self.durable.lock();
+        let mut durable = self.durable.lock();
         let (sender, errors) = channel();
         let mut on_device: Vec<Ranges> = vec![Vec::new(); self.queues.len()];
         let (mut at, mut bytes) = (0, 0);
@@ -105,7 +126,10 @@ impl Volume {
         }
         self.send_discards(on_device, &sender);
         drop(sender);
-        wait_for_all(&errors)?;
-        Ok(bytes)
+        let done = wait_for_all(&errors);
+        if let Err(error) = &done {
+            durable.discarding.extend_from_slice(&error.in_doubt);
+        }
+        done.map(|()| bytes)
     }
 }

@@ -122,7 +122,9 @@ impl Volume {
         former: TableError,
         next: &Result<(Table, u32), TableError>,
     ) -> Option<TableError> {
-        let is_short = durable.table.is_in_one_sector_with_another_chunk(self.devices.len());
+        let is_short = durable
+            .table
+            .is_in_one_sector_with_another_chunk(self.devices.len());
         match next {
             Err(error) if durable.generation > 1 && is_short => {
                 // Of two that do not fit, the one that tells more.

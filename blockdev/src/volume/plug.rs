@@ -120,6 +120,16 @@ impl<'a> Plug<'a> {
                 (_, _, None) => {
                     // Alternate by place, so that both copies work and streams stay sequential.
                     let first = crate::units::mem_len(within / IO_BYTES_MAX) % copies;
+                    let queue_of = |copy: usize| {
+                        let member = chunk.members.get(piece.member + copy)?;
+                        self.volume.queues.get(usize::from(member.dev))
+                    };
+                    let is_silent = queue_of(first).is_some_and(|queue| queue.is_silent());
+                    let first = if is_silent {
+                        (first + 1) % copies
+                    } else {
+                        first
+                    };
                     first..first + 1
                 }
             };

@@ -1,7 +1,7 @@
 //! Transfers of labels and tables: straight to the devices, on all members at once, and waited for.
 
 use crate::chain::Chain;
-use crate::device::BlockDevice;
+use crate::device::{BlockDevice, answer_time_of_all, patience};
 use crate::error::{BlockError, ErrorKind, Op};
 use crate::kiobuf::Kiobuf;
 use crate::pages::AlignedBuf;
@@ -10,8 +10,10 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-/// Bound on the wait for one label or table transfer on all members.
-const STORE_WAIT_MAX: Duration = Duration::from_secs(120);
+/// How often a write of labels or tables that failed is tried again, and the first pause before
+/// that; it doubles. A flush that failed is not.
+const RETRIES_MAX: u32 = 3;
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
 
 pub(super) type Device = Arc<dyn BlockDevice>;
 pub(super) type Devices = [Device];
@@ -33,7 +35,7 @@ struct FlushWaiter {
 }
 
 impl RequestOwner for FlushWaiter {
-    fn request_ended(self: Arc<Self>, parts: Parts, result: Result<u64, ErrorKind>) {
+    fn request_ended(self: Arc<Self>, parts: Parts, result: Result<u64, ErrorKind>, _late: bool) {
         let result = result.map(|_| None).map_err(|kind| parts.error(kind, 0));
         // The receiver may have given up; then nobody wants to know.
         self.to.lock().send((self.job, result)).unwrap_or_default();
@@ -66,9 +68,9 @@ pub(super) fn run(
             Some(buf) => {
                 let len = buf.len();
                 let end_io = Box::new(move |done: crate::kiobuf::Completion| {
-                    let result = match (done.error, AlignedBuf::from_pages(done.pages)) {
-                        (None, Ok(buf)) => Ok(Some(buf)),
-                        (None, Err(_)) => Ok(None),
+                    let result = match (done.error, done.pages.map(AlignedBuf::from_pages)) {
+                        (None, Some(Ok(buf))) => Ok(Some(buf)),
+                        (None, _) => Ok(None),
                         (Some(error), _) => Err(error),
                     };
                     to.send((number, result)).unwrap_or_default();
@@ -84,7 +86,9 @@ pub(super) fn run(
         };
         devices[job.dev].submit(request);
     }
-    let deadline = Instant::now() + STORE_WAIT_MAX;
+    // Requests go to a device at the same time here, so one time to answer is for all of them. Those
+    // that it does not answer keep their memory until it does.
+    let deadline = Instant::now() + patience(answer_time_of_all(devices), 1);
     for _ in 0..count {
         let left = deadline.saturating_duration_since(Instant::now());
         let Ok((number, result)) = from.recv_timeout(left) else {
@@ -115,11 +119,23 @@ pub(super) fn write_all(
     devices: &Devices,
     jobs: Vec<(usize, u64, AlignedBuf)>,
 ) -> Result<(), BlockError> {
-    let job = |(dev, offset, buf)| Job {
-        dev,
+    let job = |(dev, offset, buf): &(usize, u64, AlignedBuf)| Job {
+        dev: *dev,
         op: Op::Write,
-        offset,
-        buf: Some(buf),
+        offset: *offset,
+        buf: Some(AlignedBuf::from_slice(buf)),
     };
-    all_good(run(devices, jobs.into_iter().map(job).collect()))
+    let mut pause = RETRY_PAUSE;
+    for _ in 0..RETRIES_MAX {
+        let Err(error) = all_good(run(devices, jobs.iter().map(job).collect())) else {
+            return Ok(());
+        };
+        // One that was not answered may still be carried out: it must stay the last.
+        if !error.may_pass() {
+            return Err(error);
+        }
+        std::thread::sleep(pause);
+        pause *= 2;
+    }
+    all_good(run(devices, jobs.iter().map(job).collect()))
 }

@@ -2,6 +2,7 @@
 
 use super::types::Class;
 use super::{Plug, Volume};
+use crate::device::{answer_time_of_all, patience};
 use crate::error::{BlockError, ErrorKind, Op};
 use crate::kiobuf::{Completion, Kiobuf};
 use crate::pages::AlignedBuf;
@@ -9,10 +10,16 @@ use crate::units::VolBlock;
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
-/// Bound on the wait for one transfer or flush.
-const IO_WAIT_MAX: Duration = Duration::from_secs(120);
+/// Requests that one transfer or flush may have to wait for, one after another: what was in the
+/// queue before it, itself, itself in pieces, and the other copy.
+const REQUESTS_IN_LINE: u32 = 4;
 
 impl Volume {
+    /// Bound on the wait for one transfer or flush, in case a completion gets lost.
+    fn io_wait_max(&self) -> Duration {
+        patience(answer_time_of_all(&self.devices), REQUESTS_IN_LINE)
+    }
+
     /// [`Self::flush`], waiting.
     pub fn flush_wait(&self) -> Result<(), BlockError> {
         let (to, from) = sync_channel(1);
@@ -24,7 +31,7 @@ impl Volume {
             dev,
             at,
         };
-        from.recv_timeout(IO_WAIT_MAX).unwrap_or(Err(late))
+        from.recv_timeout(self.io_wait_max()).unwrap_or(Err(late))
     }
 
     /// Reads and waits; the buffer comes back full.
@@ -78,10 +85,10 @@ impl Volume {
             dev,
             at,
         };
-        let done = from.recv_timeout(IO_WAIT_MAX).map_err(|_| late)?;
-        match (done.error, AlignedBuf::from_pages(done.pages)) {
-            (None, Ok(buf)) => Ok(buf),
-            (None, Err(_)) => Err(BlockError {
+        let done = from.recv_timeout(self.io_wait_max()).map_err(|_| late)?;
+        match (done.error, done.pages.map(AlignedBuf::from_pages)) {
+            (None, Some(Ok(buf))) => Ok(buf),
+            (None, _) => Err(BlockError {
                 kind: ErrorKind::Aborted,
                 ..late
             }),

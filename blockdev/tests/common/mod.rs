@@ -2,11 +2,12 @@
 #![allow(dead_code, reason = "each test binary uses its part")]
 
 use braidfs_blockdev::{
-    AlignedBuf, BlockDevice, BlockError, Completion, EndIo, FormatOptions, Kiobuf, SimDevice,
-    VolBlock,
+    AlignedBuf, BlockDevice, BlockError, Completion, DeviceRequest, EndIo, FormatOptions, Kiobuf,
+    SimDevice, VolBlock,
 };
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 pub const KIB: u64 = 1 << 10;
 pub const MIB: u64 = 1 << 20;
@@ -83,4 +84,43 @@ impl Reports {
     pub fn take(&self) -> Vec<Ended> {
         self.from.try_iter().collect()
     }
+}
+
+/// A simulated device with a time to answer in.
+pub struct Timed {
+    pub sim: Arc<SimDevice>,
+    pub answer_time_max: Duration,
+}
+
+impl BlockDevice for Timed {
+    fn name(&self) -> &str {
+        self.sim.name()
+    }
+
+    fn size_bytes(&self) -> u64 {
+        self.sim.size_bytes()
+    }
+
+    fn kind(&self) -> &'static str {
+        "timed"
+    }
+
+    fn answer_time_max(&self) -> Duration {
+        self.answer_time_max
+    }
+
+    fn submit(&self, request: DeviceRequest) {
+        self.sim.submit(request);
+    }
+}
+
+pub fn as_timed(sims: &[Arc<SimDevice>], answer_time_max: Duration) -> Vec<Arc<dyn BlockDevice>> {
+    let timed = |sim: &Arc<SimDevice>| {
+        let sim = sim.clone();
+        Arc::new(Timed {
+            sim,
+            answer_time_max,
+        }) as Arc<dyn BlockDevice>
+    };
+    sims.iter().map(timed).collect()
 }

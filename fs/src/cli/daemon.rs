@@ -94,6 +94,7 @@ fn mount_core(job: &mut Job) -> Result<Arc<FileSystem>, CliError> {
         for_writing_later: read_only,
         direct: job.options.member_direct,
         backend: job.options.backend,
+        answer_time_max: job.options.answer_time_max,
     };
     let devices = open_all(&paths, mode).map_err(exit::failure)?;
     let volume = Volume::assemble(devices, read_only)

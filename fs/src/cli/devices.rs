@@ -6,12 +6,15 @@ use std::fs;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use crate::fuse::mounts::{MountEntry, mounts};
-use braidfs_blockdev::{BlockDevice, LabelInfo, OpenError, OpenMode, open_device, read_label};
+use braidfs_blockdev::{
+    ANSWER_TIME_DEFAULT, BlockDevice, LabelError, LabelInfo, OpenError, OpenMode, open_device,
+    read_label,
+};
 
 /// Most entries of a directory that are looked at for other members.
 const SCAN_MAX: usize = 16_384;
@@ -74,6 +77,20 @@ pub struct Member {
     pub label: LabelInfo,
 }
 
+/// The label of a device that answers.
+fn label_in_time(path: &Path) -> Result<LabelInfo, LabelError> {
+    let (to, from) = mpsc::channel();
+    let of = path.to_owned();
+    let spawned = thread::Builder::new()
+        .name("braidfs-label".into())
+        .spawn(move || to.send(read_label(&of)).unwrap_or_default());
+    if spawned.is_err() {
+        return read_label(path);
+    }
+    let late = Err(LabelError::Io(libc::ETIMEDOUT));
+    from.recv_timeout(ANSWER_TIME_DEFAULT).unwrap_or(late)
+}
+
 /// Reads the labels of the devices given and finds the other members beside them, if there are
 /// more. Members that are missing are left to the volume to complain about. Nothing is locked.
 pub fn find_members(given: &[PathBuf]) -> Result<Vec<Member>, String> {
@@ -83,7 +100,7 @@ pub fn find_members(given: &[PathBuf]) -> Result<Vec<Member>, String> {
         if members.iter().any(|member: &Member| member.path == path) {
             return Err(format!("{}: given twice", path.display()));
         }
-        let label = read_label(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let label = label_in_time(&path).map_err(|error| format!("{}: {error}", path.display()))?;
         members.push(Member { path, label });
     }
     let Some(first) = members.first() else {
@@ -116,7 +133,7 @@ fn add_siblings(members: &mut Vec<Member>, uuid: &str) -> Result<(), String> {
         if members.iter().any(|member| member.path == path) {
             continue;
         }
-        let Ok(label) = read_label(&path) else {
+        let Ok(label) = label_in_time(&path) else {
             continue;
         };
         let known = members

@@ -21,8 +21,8 @@ use crate::fuse::MsFlags;
 pub struct MountArgs {
     /// Options, separated by commas: ro, noatime, relatime, strictatime, sync, commit=SECONDS,
     /// cache_size=SIZE, direct_io, writeback_cache, allow_other, allow_root, discard, nodirect,
-    /// backend=auto|uring|threads, threads=N, attr_timeout=SECONDS, logfile=FILE, fsname=NAME,
-    /// subtype=NAME, remount, norecovery, and the general ones of mount(8)
+    /// backend=auto|uring|threads, threads=N, timeout=SECONDS, attr_timeout=SECONDS, logfile=FILE,
+    /// fsname=NAME, subtype=NAME, remount, norecovery, and the general ones of mount(8)
     #[arg(short = 'o', value_name = "OPT,...")]
     pub options: Vec<String>,
 

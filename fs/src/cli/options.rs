@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use braidfs_blockdev::{Backend, write_protected};
+use braidfs_blockdev::{ANSWER_TIME_DEFAULT, Backend, write_protected};
 
 use super::size::{format_size, parse_size};
 use crate::fuse::{self, CacheMode, MsFlags};
@@ -15,6 +15,9 @@ const COMMIT_SECONDS_MAX: u64 = 300;
 
 /// Longest time that the kernel may believe names and attributes, in seconds: a year.
 const TIMEOUT_SECONDS_MAX: u64 = 31_536_000;
+
+/// Longest time that a device may be given to answer, in seconds: a day. Who wants more wants 0.
+const ANSWER_SECONDS_MAX: u64 = 86_400;
 
 /// Default cache: a quarter of the memory, between these.
 const CACHE_DEFAULT_MIN: u64 = 64 << 20;
@@ -31,6 +34,8 @@ pub struct ParsedOptions {
     pub threads: usize,
     /// How long the kernel may believe names and attributes.
     pub timeout: Duration,
+    /// How long a device may take to answer a request; zero: as long as it likes.
+    pub answer_time_max: Duration,
     /// Device backend.
     pub backend: Backend,
     /// Bypass the kernel's cache on the members.
@@ -66,6 +71,7 @@ impl ParsedOptions {
             cache_mode: CacheMode::Direct,
             threads: fuse::threads_default(),
             timeout: fuse::TIMEOUT_DEFAULT,
+            answer_time_max: ANSWER_TIME_DEFAULT,
             backend: Backend::Auto,
             member_direct: true,
             allow_other: None,
@@ -222,6 +228,16 @@ impl ParsedOptions {
                 }
                 _ => return impossible(&format!("seconds from 0 to {TIMEOUT_SECONDS_MAX}")),
             },
+            "timeout" => match value.parse() {
+                Ok(seconds @ 0..=ANSWER_SECONDS_MAX) => {
+                    self.answer_time_max = Duration::from_secs(seconds);
+                }
+                _ => {
+                    return impossible(&format!(
+                        "seconds from 1 to {ANSWER_SECONDS_MAX}, or 0 for no limit"
+                    ));
+                }
+            },
             "fsname" if !value.is_empty() => self.fsname = Some(value.to_owned()),
             "fsname" => return impossible("a name"),
             "subtype" if value.bytes().all(|byte| byte.is_ascii_graphic()) => {
@@ -282,12 +298,13 @@ impl ParsedOptions {
 }
 
 fn unknown(name: &str, value: Option<&str>) -> String {
-    const WITH_VALUE: [&str; 8] = [
+    const WITH_VALUE: [&str; 9] = [
         "commit",
         "cache_size",
         "backend",
         "threads",
         "attr_timeout",
+        "timeout",
         "fsname",
         "subtype",
         "logfile",
@@ -382,6 +399,13 @@ mod tests {
     }
 
     #[test]
+    fn the_time_to_answer_is_30_seconds_or_what_was_said() {
+        let seconds = |options| parse(options).unwrap().answer_time_max.as_secs();
+        assert_eq!((seconds(""), seconds("timeout=5")), (30, 5));
+        assert_eq!(seconds("timeout=0"), 0);
+    }
+
+    #[test]
     fn no_recovery_is_for_reading() {
         assert!(parse("norecovery,ro").unwrap().core.read_only);
         assert!(parse("norecovery,rw").unwrap_err().contains("'rw'"));
@@ -434,6 +458,8 @@ mod tests {
             ("threads=0", "'threads=0'"),
             ("threads=100000", "'threads=100000'"),
             ("attr_timeout=-1", "'attr_timeout=-1'"),
+            ("timeout=86401", "1 to 86400"),
+            ("timeout", "needs a value"),
             ("uid=5", "chown"),
             ("fsname=", "'fsname='"),
             ("allow_other,allow_root", "exclude each other"),

@@ -14,7 +14,9 @@ use serde_json::Value;
 
 use super::control;
 use super::devices::{device_list, display_list, find_members, io_text, open_all};
-use super::exit::{FSCK_CANCELLED, CliError, FSCK_ERRORS, FSCK_OPERATIONAL, FSCK_CORRECTED, FSCK_USAGE};
+use super::exit::{
+    CliError, FSCK_CANCELLED, FSCK_CORRECTED, FSCK_ERRORS, FSCK_OPERATIONAL, FSCK_USAGE,
+};
 use super::print;
 use super::size::{format_size, parse_size};
 use super::umount;
@@ -301,7 +303,9 @@ fn follow(target: &Target, json: bool, signals: &Receiver<()>) -> Result<(), Cli
     print_result(target, &status, json)?;
     match (word(&status, "state"), number(&status, "left")) {
         ("finished", 1..) => Err(CliError::new(FSCK_ERRORS, "")),
-        ("finished", 0) if number(&status, "repaired") > 0 => Err(CliError::new(FSCK_CORRECTED, "")),
+        ("finished", 0) if number(&status, "repaired") > 0 => {
+            Err(CliError::new(FSCK_CORRECTED, ""))
+        }
         ("finished", 0) => Ok(()),
         ("paused" | "canceled", _) => Err(CliError::new(FSCK_CANCELLED, "")),
         _ => Err(operational(format!(

@@ -39,7 +39,7 @@ pub(super) fn dispatch(
         let sent = channel.send_error(header.unique, libc::ENOSYS);
         return debug!("no request {} here ({sent:?})", header.opcode);
     };
-    let reply = Reply::new(shared, channel, header.unique, opcode);
+    let reply = Reply::new(shared, channel, &header, opcode);
     if !shared.admits(header.uid) && names_something(opcode) {
         return reply.empty(Err(Errno::ACCES));
     }
@@ -122,16 +122,22 @@ fn serve(opcode: Opcode, request: Request<'_>) -> Parsed {
         Opcode::Lseek => request.lseek(),
         Opcode::CopyFileRange => request.copy_file_range(false),
         Opcode::CopyFileRange64 => request.copy_file_range(true),
-        // Nothing waits without a bound, so nothing needs to be interrupted; it has no answer.
-        Opcode::Interrupt => {
-            request.reply.none();
-            Ok(())
-        }
+        Opcode::Interrupt => request.interrupt(),
         // Answered before the session was served; never twice.
         Opcode::Init => {
             request.reply.empty(Err(Errno::INVAL));
             Ok(())
         }
+    }
+}
+
+impl Request<'_> {
+    /// The caller of another request got a signal. It has no answer.
+    fn interrupt(mut self) -> Parsed {
+        let unique = self.args.u64()?;
+        self.shared.unanswered.signalled(unique);
+        self.reply.none();
+        Ok(())
     }
 }
 
@@ -147,6 +153,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::super::handles::Handles;
+    use super::super::interrupt::Unanswered;
     use super::super::protocol::{IN_HEADER, Out};
     use super::super::stats::FuseStats;
     use super::super::{CacheMode, FuseOptions};
@@ -190,6 +197,7 @@ mod tests {
             let shared = Arc::new(Shared {
                 fs,
                 handles: Handles::default(),
+                unanswered: Unanswered::default(),
                 stats: FuseStats::new(),
                 options: FuseOptions {
                     cache_mode: CacheMode::Direct,

@@ -10,6 +10,7 @@
 //! | `names.rs`, `files.rs`, `dir.rs`, `ioctl.rs` | these methods, short |
 //! | `attr.rs` | attributes and times |
 //! | `handles.rs` | open files by handle |
+//! | `interrupt.rs` | killed processes, and threads that all wait |
 //! | `blocking.rs` | threads for requests that wait for the devices |
 //! | `attach.rs` | mount(2) or fusermount3, and the way back |
 //! | `mounts.rs` | what /proc/self/mountinfo says |
@@ -32,6 +33,7 @@ mod dispatch;
 mod files;
 mod handles;
 mod init;
+mod interrupt;
 mod ioctl;
 pub mod mounts;
 mod names;
@@ -55,6 +57,7 @@ pub use session::{MountHandle, Mounted, mount};
 use crate::{FileSystem, Ino};
 use channel::Channel;
 use handles::Handles;
+use interrupt::Unanswered;
 use stats::FuseStats;
 
 /// Who keeps file data in memory.
@@ -97,6 +100,7 @@ pub fn threads_default() -> usize {
 struct Shared {
     fs: Arc<FileSystem>,
     handles: Handles,
+    unanswered: Unanswered,
     stats: FuseStats,
     options: FuseOptions,
     /// The connection's first channel; notifications go through it.

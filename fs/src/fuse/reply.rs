@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::Shared;
 use super::attr::{attr_out, entry_out, negative_entry_out, statx_out};
 use super::channel::Channel;
-use super::protocol::{Opcode, Out};
+use super::protocol::{InHeader, Opcode, Out};
 use super::stats::Timer;
 use crate::{Attr, Errno, OpenFile, ReadReply};
 
@@ -16,6 +16,8 @@ pub(super) struct Reply {
     shared: Arc<Shared>,
     channel: Arc<Channel>,
     unique: u64,
+    /// In the table of unanswered requests.
+    is_known: bool,
     timer: Option<Timer>,
 }
 
@@ -31,13 +33,20 @@ impl Reply {
     pub(super) fn new(
         shared: &Arc<Shared>,
         channel: &Arc<Channel>,
-        unique: u64,
+        header: &InHeader,
         opcode: Opcode,
     ) -> Self {
+        let unanswered = [Opcode::Forget, Opcode::BatchForget, Opcode::Interrupt];
+        let is_known = header.pid != 0 && !unanswered.contains(&opcode);
+        if is_known {
+            let table = &shared.unanswered;
+            table.begin(header.unique, header.pid, channel);
+        }
         Self {
             shared: Arc::clone(shared),
             channel: Arc::clone(channel),
-            unique,
+            unique: header.unique,
+            is_known,
             timer: Some(shared.stats.begin(opcode)),
         }
     }
@@ -48,9 +57,17 @@ impl Reply {
         }
     }
 
+    /// Whether the request has not been answered because its caller was killed.
+    fn claim(&mut self) -> bool {
+        !std::mem::take(&mut self.is_known) || self.shared.unanswered.claim(self.unique)
+    }
+
     fn send(&mut self, result: Result<&[u8], Errno>) -> Sent {
         // Counted first: whoever has the answer may ask for the statistics next.
         self.count(result.is_ok());
+        if !self.claim() {
+            return Sent::Refused;
+        }
         let sent = match result {
             Ok(payload) => self.channel.send(self.unique, payload),
             Err(error) => self.channel.send_error(self.unique, error.0),
@@ -166,6 +183,9 @@ impl Reply {
                 let len = data.len();
                 self.shared.stats.read_bytes.fetch_add(len as u64, Relaxed);
                 self.count(true);
+                if !self.claim() {
+                    return;
+                }
                 let sent = self.channel.send_pieces(self.unique, len, data.slices());
                 log::trace!("{len} bytes: {sent:?}");
             }

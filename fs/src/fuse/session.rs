@@ -15,6 +15,7 @@ use super::channel::{Channel, Received, RequestBuffer};
 use super::dispatch::dispatch;
 use super::handles::Handles;
 use super::init::{InitError, handshake};
+use super::interrupt::Unanswered;
 use super::mounts::{self, MountEntry};
 use super::stats::FuseStats;
 use super::{CacheMode, FuseOptions, Shared};
@@ -72,6 +73,7 @@ fn start(
     let shared = Arc::new(Shared {
         fs,
         handles: Handles::default(),
+        unanswered: Unanswered::default(),
         stats: FuseStats::new(),
         options,
         channel,
@@ -97,6 +99,24 @@ impl Mounted {
         let shared = &self.handle.shared;
         let blocking = Blocking::default();
         let served = thread::scope(|scope| {
+            let watcher = thread::Builder::new()
+                .name("braidfs-watch".into())
+                .spawn_scoped(scope, || {
+                    shared.unanswered.run(|| {
+                        let (shared, blocking) = (Arc::clone(shared), blocking.clone());
+                        let spare = thread::Builder::new()
+                            .name("braidfs-spare".into())
+                            .spawn_scoped(scope, move || {
+                                let served =
+                                    serve_channel(&shared, &blocking, &own_channel(&shared));
+                                debug!("a spare thread ends: {served:?}");
+                            });
+                        spare.is_ok()
+                    });
+                });
+            if let Err(error) = watcher {
+                warn!("killed processes may have to wait: {error}");
+            }
             let mut workers = Vec::new();
             for number in 1..shared.options.threads {
                 let (shared, blocking) = (Arc::clone(shared), blocking.clone());
@@ -114,6 +134,7 @@ impl Mounted {
             for worker in workers {
                 served = served.and(worker.join().unwrap_or(Err(Errno::EIO)));
             }
+            shared.unanswered.stop();
             served
         });
         // After an abort a dead mount is left in the tree.
@@ -142,7 +163,10 @@ fn serve_channel(
 ) -> Result<(), Errno> {
     let mut buffer = RequestBuffer::new();
     loop {
-        match channel.receive(&mut buffer) {
+        shared.unanswered.begin_reading();
+        let received = channel.receive(&mut buffer);
+        shared.unanswered.end_reading();
+        match received {
             Ok(Received::Request(len)) => dispatch(shared, blocking, channel, buffer.request(len)),
             Ok(Received::Ended) => return Ok(()),
             Err(error) => {

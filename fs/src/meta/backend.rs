@@ -68,6 +68,24 @@ fn block_error(error: BlockError) -> io::Error {
     io::Error::other(error)
 }
 
+/// Repeats a write that failed, a few times and for less than a second: what did not get better by
+/// then fails the commit.
+fn try_again<E>(
+    mut write: impl FnMut() -> Result<(), E>,
+    may_pass: impl Fn(&E) -> bool,
+) -> Result<(), E> {
+    const PAUSES_MS: [u64; 4] = [20, 60, 180, 540];
+    for pause in PAUSES_MS {
+        match write() {
+            Err(error) if may_pass(&error) => {
+                std::thread::sleep(std::time::Duration::from_millis(pause));
+            }
+            ended => return ended,
+        }
+    }
+    write()
+}
+
 impl MetaFile {
     /// Opens the file as its head says. With `fresh`, makes it empty first, whatever the devices
     /// held before.
@@ -237,12 +255,12 @@ impl MetaFile {
         let mut plug = self.mirrors.volume.plug();
         for (block, buf) in writes {
             let ended = Arc::clone(&latch);
-            let end_io = Box::new(move |done: Completion| ended.end(done.error));
+            let end_io = Box::new(move |done: Completion| ended.end(done));
             let kiobuf = Kiobuf::new(Box::new(buf), 0, PAGE_SIZE, end_io);
             plug.write(block, kiobuf, Class::Sync);
         }
         plug.finish();
-        latch.wait()
+        latch.wait().map_err(|failed| failed.error)
     }
 
     /// The last call: what is in memory and may not be written (a read-only mount's recovery) is
@@ -259,9 +277,23 @@ impl MetaFile {
         if self.is_read_only() {
             return Ok(());
         }
-        self.space().flush(PageRange::ALL).map_err(io_error)?;
-        self.write_areas_and_heads().map_err(block_error)?;
-        self.mirrors.volume.flush_wait().map_err(block_error)
+        let may_pass = |error: &CacheError| matches!(error, CacheError::Block(e) if e.may_pass());
+        let flushed = try_again(|| self.space().flush(PageRange::ALL), may_pass);
+        flushed.map_err(|error| match error {
+            CacheError::Block(error) => self.named_error(error),
+            other => io_error(other),
+        })?;
+        let written = try_again(|| self.write_areas_and_heads(), BlockError::may_pass);
+        written.map_err(|error| self.named_error(error))?;
+        let flushed = self.mirrors.volume.flush_wait();
+        flushed.map_err(|error| self.named_error(error))
+    }
+
+    /// An error for people, with the name of the device.
+    fn named_error(&self, error: BlockError) -> io::Error {
+        let BlockError { kind, op, dev, at } = error;
+        let name = self.mirrors.volume.device_name(dev);
+        io::Error::other(format!("{op} on {name} at byte {at}: {kind}"))
     }
 }
 

@@ -332,10 +332,10 @@ impl Pass<'_> {
             let len = extent.crcs.len() * PAGE_SIZE;
             let to = to.clone();
             let end_io = Box::new(move |done: Completion| {
-                let result = match (done.error, AlignedBuf::from_pages(done.pages)) {
-                    (None, Ok(buf)) => Some(Ok(buf)),
+                let result = match (done.error, done.pages.map(AlignedBuf::from_pages)) {
                     (Some(error), _) => Some(Err(error)),
-                    (None, Err(_)) => None,
+                    (None, Some(Ok(buf))) => Some(Ok(buf)),
+                    (None, _) => None,
                 };
                 // The receiver waits for all of them.
                 to.send((index, result)).unwrap_or_default();

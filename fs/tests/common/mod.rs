@@ -8,6 +8,7 @@ pub mod dump;
 pub mod model;
 pub mod rng;
 pub mod shrink;
+pub mod timed;
 pub mod watchdog;
 pub mod world;
 
