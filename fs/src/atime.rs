@@ -15,7 +15,7 @@ use crate::{AtimeMode, Attr, FLAG_NOATIME, Timestamp};
 /// With `relatime`, an access time is changed once in this time.
 const RELATIME_SECS: i64 = 24 * 60 * 60;
 
-/// As many inodes wait at the most; then a commit is asked for.
+/// When so many inodes wait, or a multiple of it, a commit is asked for.
 const LATE_MAX: usize = 4096;
 
 impl FileSystem {
@@ -46,7 +46,7 @@ impl FileSystem {
             late.push(Arc::clone(inode));
             late.len()
         };
-        if count >= LATE_MAX {
+        if count.is_multiple_of(LATE_MAX) {
             self.committer.nudge();
         }
     }
@@ -56,17 +56,23 @@ impl FileSystem {
         self.late_atimes.lock().len()
     }
 
-    /// Puts at most so many of them on the list of dirty inodes, and lets go of the others: where
-    /// metadata is full, an access time lasts as long as its inode stays in memory. The gate is
-    /// closed.
-    pub(crate) fn take_late_atimes(&self, mut room: u64) {
-        let late = std::mem::take(&mut *self.late_atimes.lock());
-        for inode in late {
+    /// Puts at most `room` of them on the list of dirty inodes. The others wait for a commit with
+    /// more room; of very many, some are let go: their access times last as long as their inodes
+    /// stay in memory. The gate is closed.
+    pub(crate) fn take_late_atimes(&self, room: usize) {
+        let mut late = self.late_atimes.lock();
+        let taken = room.min(late.len());
+        let rest = late.split_off(taken);
+        let taken = std::mem::replace(&mut *late, rest);
+        let kept = late.len().min(LATE_MAX);
+        let dropped = late.split_off(kept);
+        drop(late);
+        for inode in &dropped {
             inode.atime_late.store(false, Ordering::SeqCst);
-            if room > 0 {
-                room -= 1;
-                self.mark_dirty(&inode);
-            }
+        }
+        for inode in taken {
+            inode.atime_late.store(false, Ordering::SeqCst);
+            self.mark_dirty(&inode);
         }
     }
 }

@@ -76,6 +76,8 @@ pub struct FileSystem {
     pub(crate) late_atimes: Mutex<Vec<Arc<Inode>>>,
     pub(crate) next_ino: AtomicU64,
     pub(crate) inode_count: AtomicU64,
+    /// Up to which deletion the room that came free was waited for.
+    pub(crate) settled_deletions: AtomicU64,
     /// Held to move a directory to another parent, so that no loop can arise.
     pub(crate) rename: Mutex<()>,
     /// Held shared while written blocks are mapped, exclusively while a group is frozen.
@@ -226,6 +228,7 @@ impl FileSystem {
             late_atimes: Mutex::default(),
             next_ino: AtomicU64::new(next_ino.max(ROOT_INO + 1)),
             inode_count: AtomicU64::new(inode_count),
+            settled_deletions: AtomicU64::new(0),
             rename: Mutex::default(),
             mapping: RwLock::default(),
             committer: Committer::default(),
@@ -429,12 +432,24 @@ impl FileSystem {
                     .put(Table::Inodes, &ino_key(inode.ino), &record.encode());
             }
         }
+        self.put_settings();
+    }
+
+    fn put_settings(&self) {
         let put = |name: &[u8], value: &AtomicU64| {
             let value = value.load(Ordering::SeqCst).to_le_bytes();
             self.store.put(Table::Settings, name, &value);
         };
         put(SETTING_NEXT_INO, &self.next_ino);
         put(SETTING_INODE_COUNT, &self.inode_count);
+    }
+
+    /// Commits, also where nothing has changed. Call it without a pass.
+    pub(crate) fn commit_settings(&self) -> Result<(), Errno> {
+        let pass = self.gate.enter();
+        self.put_settings();
+        drop(pass);
+        self.commit_now()
     }
 
     /// Counters.

@@ -149,6 +149,8 @@ impl FileSystem {
         self.discard_pages(inode, 0, u64::MAX >> 12);
         if inode.state.lock().attr.is_file() {
             self.truncate(inode, 0)?;
+        } else {
+            self.balance_group()?;
         }
         self.check_writable()?;
         let _pass = self.gate.enter();

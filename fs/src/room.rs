@@ -5,6 +5,7 @@
 //! pages back, or by a commit. So what was preallocated can be written on a full volume, and what
 //! has data can be overwritten there.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use braidfs_blockdev::BLOCK_SIZE;
@@ -34,6 +35,9 @@ const INODES_PER_BLOCK: u64 = 8;
 /// How often a reservation is tried, with a write-back or a commit before each but the first:
 /// others may take what came free.
 const TRIES_MAX: u32 = 8;
+
+/// After how many commits the room of what was deleted can be used again at the latest.
+const SETTLE_COMMITS: u32 = 2;
 
 /// How long a file whose cached write found no room is not tried again.
 const NO_ROOM: Duration = Duration::from_secs(1);
@@ -166,14 +170,25 @@ impl FileSystem {
         if self.has_ample_meta_room() || self.has_meta_room(least_bytes)? {
             return Ok(());
         }
+        self.reclaim_all();
         if self.is_changed() {
             self.commit_now()?;
+            if self.has_meta_room(least_bytes)? {
+                return Ok(());
+            }
         }
-        if self.has_meta_room(least_bytes)? {
-            Ok(())
-        } else {
-            Err(Errno::NOSPC)
+        // redb gives back what a commit freed with one of the next.
+        let deletions = self.store.deletions();
+        if self.settled_deletions.load(Ordering::SeqCst) != deletions {
+            for _ in 0..SETTLE_COMMITS {
+                self.commit_settings()?;
+                if self.has_meta_room(least_bytes)? {
+                    return Ok(());
+                }
+            }
+            self.settled_deletions.store(deletions, Ordering::SeqCst);
         }
+        Err(Errno::NOSPC)
     }
 
     /// Commits when the open group would soon need more room than metadata has. Every change asks
@@ -223,14 +238,17 @@ impl FileSystem {
 
     /// For how many late access times the next commit has room, beside all else that is not durable
     /// yet and the room that is kept. Call it without a pass.
-    pub(crate) fn room_for_atimes(&self) -> u64 {
-        let late = self.late_atimes_count() as u64;
+    pub(crate) fn room_for_atimes(&self) -> usize {
+        const EACH_BYTES: u64 = 2 * INODE_RECORD_BYTES + TOUCHED_BYTES;
+        let late = self.late_atimes_count();
         if late == 0 || self.has_ample_meta_room() {
-            return u64::MAX;
+            return usize::MAX;
         }
         let kept = META_ROOM_MIN_BYTES + self.meta_need_bytes();
-        let count =
-            |free: u64| free.saturating_sub(kept) / (2 * INODE_RECORD_BYTES + TOUCHED_BYTES);
+        let count = |free: u64| {
+            let count = free.saturating_sub(kept) / EACH_BYTES;
+            usize::try_from(count).unwrap_or(usize::MAX)
+        };
         let growth = self.volume.meta_growth_bytes();
         let at_end = count(self.meta.room_bytes(growth));
         if at_end >= late {
@@ -276,7 +294,7 @@ impl FileSystem {
             + space.pending_blocks
             + self.reclaimer.doomed_blocks();
         let blocks = space.chunk_blocks + space.unallocated_blocks;
-        let used = self.inode_count.load(std::sync::atomic::Ordering::Relaxed);
+        let used = self.inode_count.load(Ordering::Relaxed);
         let ffree = bfree.saturating_mul(INODES_PER_BLOCK);
         StatFs {
             blocks: blocks.saturating_sub(space.float_blocks).max(bfree),

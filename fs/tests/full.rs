@@ -647,7 +647,7 @@ fn every_operation_on_a_full_volume_works_or_changes_nothing() {
 /// Changes of many inodes, one after another, without any that needs room.
 #[test]
 fn changes_of_every_inode_do_not_need_more_than_metadata_has() {
-    let devices = devices(2, 24 << 20);
+    let devices = devices(2, 16 << 20);
     format(&devices);
     let fs = mount_with(
         &devices,
@@ -709,6 +709,68 @@ fn changes_of_every_inode_do_not_need_more_than_metadata_has() {
             .unwrap_or_else(|error| panic!("{error:?} after {name}"));
         assert_eq!(refused, 0, "{name}");
     }
+    fs.unmount().unwrap();
+    check(&devices);
+}
+
+/// Whoever deletes need not wait for anything before what was deleted can be made again.
+#[test]
+fn the_room_of_deleted_names_is_there_at_once() {
+    let devices = devices(2, 16 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let dir = fs.mkdir(ROOT_INO, b"d", 0o755, &CRED).unwrap().ino;
+    fill_with_names(&fs, dir, 0, 3000);
+    for round in 0..3 {
+        let all = entries(&fs, dir, 1000);
+        for name in all.keys().take(all.len() / 2) {
+            fs.unlink(dir, name).unwrap();
+        }
+        if round == 1 {
+            fs.sync().unwrap();
+        }
+        for nth in 0..all.len() / 3 {
+            let file = create(&fs, dir, &format!("again-{round}-{nth}"));
+            let set = fs.setxattr(file.ino(), b"user.filler", &[7; 3000], 0, false);
+            assert_eq!(set, Ok(()), "{nth} of {} in round {round}", all.len());
+            fs.release(&file);
+            fs.forget(file.ino(), 1);
+        }
+        fill_with_names(&fs, dir, round + 1, 3000);
+    }
+    fs.unmount().unwrap();
+    check(&devices);
+}
+
+/// Deleting what has very many attributes takes as many steps as it needs.
+#[test]
+fn a_file_that_fills_metadata_alone_can_be_deleted() {
+    let devices = devices(2, 16 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let file = create(&fs, ROOT_INO, "f");
+    let (mut refused, mut count) = (0, 0);
+    while refused < 3 {
+        let name = format!("user.{:x}", count * 7919 % 1_000_003);
+        count += 1;
+        match fs.setxattr(file.ino(), name.as_bytes(), &[7; 200], 0, false) {
+            Ok(()) => {}
+            Err(error) => {
+                assert_eq!(error, Errno::NOSPC);
+                refused += 1;
+                fs.sync().unwrap();
+            }
+        }
+    }
+    println!("{count} attributes");
+    fs.unlink(ROOT_INO, b"f").unwrap();
+    fs.release(&file);
+    fs.forget(file.ino(), 1);
+    drop(file);
+    // Waits for the deletion.
+    fill_with_names(&fs, ROOT_INO, 0, 3000);
+    fs.sync().unwrap();
+    assert!(names_of(&fs, ROOT_INO).len() > 500);
     fs.unmount().unwrap();
     check(&devices);
 }

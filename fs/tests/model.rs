@@ -70,6 +70,8 @@ struct Run {
     free: u64,
     /// What fills the volume, and the step that it goes in.
     filler: Option<(Arc<OpenFile>, u64)>,
+    /// Metadata was full once: what it took then stays its own, and data has little left.
+    is_eaten: bool,
 }
 
 impl Run {
@@ -107,6 +109,7 @@ impl Run {
             world,
             free,
             filler: None,
+            is_eaten: false,
         }
     }
 
@@ -144,41 +147,34 @@ impl Run {
         world.check_tree();
     }
 
-    /// Fills the volume for some steps. What fills it has no name, and the model does not know it.
+    /// Fills the volume for some steps: with data, with metadata, or with both. What fills it has no
+    /// name, and the model does not know it.
     fn fill(&mut self, nth: u64) {
         const STEPS: u64 = 40;
-        const PIECE: u64 = 16 << 20;
         if self.filler.is_some() {
             return;
         }
         let world = &mut self.world;
         world.begin(nth);
-        world.say(format_args!("fill the volume"));
+        let (data, metadata) = *world
+            .rng
+            .pick(&[(true, false), (false, true), (true, true)]);
+        world.say(format_args!("fill with data: {data}, metadata: {metadata}"));
         let made = world.fs.tmpfile(ROOT_INO, 0o600, libc::O_RDWR, &CRED);
         let (_, file) = match made {
             Ok(made) => made,
             // The root is immutable.
             Err(error) => return assert_eq!(error, Errno::PERM),
         };
-        let (mut size, mut piece) = (0, PIECE);
-        while piece >= common::content::PAGE {
-            match world.fs.fallocate(&file, 0, size, piece) {
-                Ok(()) => size += piece,
-                Err(error) => {
-                    assert_eq!(error, Errno::NOSPC);
-                    piece /= 2;
-                }
-            }
+        if data {
+            take_all_data(world, &file);
         }
-        let bytes = world.rng.bytes(10_000);
-        let error = loop {
-            match try_write(&world.fs, &file, size, &bytes, false) {
-                Ok(count) => size += u64::from(count),
-                Err(error) => break error,
-            }
-        };
-        assert_eq!(error, Errno::NOSPC);
+        if metadata {
+            take_all_metadata(world, file.ino());
+        }
         world.is_crowded = true;
+        world.has_no_names = metadata;
+        self.is_eaten |= metadata;
         self.filler = Some((file, nth + STEPS));
     }
 
@@ -187,7 +183,8 @@ impl Run {
             self.world.fs.release(&file);
             self.world.fs.forget(file.ino(), 1);
             self.world.fs.sync().expect("sync");
-            self.world.is_crowded = false;
+            self.world.is_crowded = self.is_eaten;
+            self.world.has_no_names = false;
         }
     }
 
@@ -206,13 +203,54 @@ impl Run {
         assert_eq!(check(&devices).data_blocks, 0);
         let fs = mount_with(&devices, small_cache());
         let (left, free) = (fs.statfs().bfree, self.free);
-        // Metadata may have grown by a chunk or two.
+        // Metadata may have grown by a chunk or two, or have taken all; and the room that is kept
+        // for it is rounded to whole blocks of each device.
+        const ROUNDING_BLOCKS: u64 = 16;
         assert!(
-            left + 4096 >= free && left <= free,
+            (self.is_eaten || left + 4096 >= free) && left <= free + ROUNDING_BLOCKS,
             "{left} free, {free} at first"
         );
         fs.unmount().expect("unmount");
         sums
+    }
+}
+
+fn take_all_data(world: &mut World, file: &Arc<OpenFile>) {
+    const PIECE: u64 = 16 << 20;
+    let (mut size, mut piece) = (0, PIECE);
+    while piece >= common::content::PAGE {
+        match world.fs.fallocate(file, 0, size, piece) {
+            Ok(()) => size += piece,
+            Err(error) => {
+                assert_eq!(error, Errno::NOSPC);
+                piece /= 2;
+            }
+        }
+    }
+    let bytes = world.rng.bytes(10_000);
+    let error = loop {
+        match try_write(&world.fs, file, size, &bytes, false) {
+            Ok(count) => size += u64::from(count),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error, Errno::NOSPC);
+}
+
+fn take_all_metadata(world: &World, ino: u64) {
+    let mut nth = 0;
+    for len in [60_000, 3000, 100] {
+        let value = vec![7; len];
+        let error = loop {
+            let name = format!("user.{nth}");
+            let set = world.fs.setxattr(ino, name.as_bytes(), &value, 0, false);
+            if let Err(error) = set {
+                break error;
+            }
+            nth += 1;
+        };
+        assert_eq!(error, Errno::NOSPC);
+        world.fs.sync().expect("a commit has room");
     }
 }
 

@@ -5,20 +5,23 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
+use std::io::Write;
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileExt, MetadataExt, symlink};
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use braidfs_tests::command::Cmd;
 use braidfs_tests::env::{Env, Outcome, number_from_environment};
 use braidfs_tests::pattern::{Random, seed};
 use braidfs_tests::peer::{self, Peer};
 use braidfs_tests::runner::{self, Test};
-use braidfs_tests::volume::{GIB, MIB, Volume, drop_kernel_caches, in_both_modes};
+use braidfs_tests::volume::{
+    CACHE_MODES, GIB, MIB, Volume, drop_kernel_caches, in_both_modes, sparse_image,
+};
 use nix::sys::stat::{UtimensatFlags, utimensat};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Whence, lseek};
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
             Test::new("files_end_at_2_to_the_63", 60, largest_file),
             Test::new("times_from_1901_to_2446", 60, times),
             Test::new("attributes_of_64_kib_of_all_kinds", 60, attributes),
+            Test::new("images_on_a_full_file_system_lose_nothing", 240, host_full),
         ],
     )
 }
@@ -488,4 +492,109 @@ fn attributes(env: &Env) -> Outcome {
             volume.remount(&[mode]);
         }
     })
+}
+
+/// What a write may say when the devices themselves run out of space.
+fn is_no_space(error: &std::io::Error) -> bool {
+    let known = [libc::ENOSPC, libc::EIO, libc::EROFS];
+    error
+        .raw_os_error()
+        .is_some_and(|code| known.contains(&code))
+}
+
+/// Writes a file and makes it durable.
+fn write_durably(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let mut file = File::create(path)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+/// Writes durable files until one fails; returns their bytes. The last one is the one that failed.
+fn write_until_full(volume: &Volume<'_>, random: &mut Random) -> Vec<Vec<u8>> {
+    let mut files = Vec::new();
+    loop {
+        let bytes = random.bytes(MIB as usize);
+        let written = write_durably(&volume.path(&format!("f{}", files.len())), &bytes);
+        files.push(bytes);
+        if let Err(error) = written {
+            println!("file {}: {error}", files.len());
+            assert!(is_no_space(&error), "{error}");
+            return files;
+        }
+        assert!(files.len() < 200, "more than the host has room for");
+    }
+}
+
+/// All of these files must be there, whole.
+fn expect_files(volume: &Volume<'_>, files: &[Vec<u8>]) {
+    for (nth, bytes) in files.iter().enumerate() {
+        let found = fs::read(volume.path(&format!("f{nth}"))).expect("what fsync promised");
+        assert!(found == *bytes, "file {nth} is another");
+    }
+}
+
+/// Sparse images promise more than their file system has. What was durable stays so, and once there
+/// is room again, everything works.
+fn host_full(env: &Env) -> Outcome {
+    let mut random = Random::new(seed());
+    for mode in CACHE_MODES {
+        let host = env.mkdir(&format!("{mode}.host"));
+        let size = ["-t", "tmpfs", "-o", "size=96m", "host"];
+        Cmd::new("mount").args(size).arg(&host).ok();
+        let images = ["a", "b"].map(|name| host.join(name));
+        images
+            .iter()
+            .for_each(|image| sparse_image(image, 256 * MIB));
+        let ballast = host.join("ballast");
+        fs::write(&ballast, vec![1; 32 * MIB as usize]).expect("write the ballast");
+        let mut volume = Volume::on(env, mode, images.to_vec());
+        env.braidfs().arg("mkfs").args(&volume.devices).ok();
+        volume.mount(&[mode]);
+        let mut files = write_until_full(&volume, &mut random);
+        files.pop();
+        println!(
+            "{mode}: {} files, {}",
+            files.len(),
+            volume.stats()["read_only"]
+        );
+        assert!(files.len() > 20, "{}", files.len());
+        expect_files(&volume, &files);
+        // Deletion needs room, too: more than there is, maybe.
+        if let Err(error) = fs::remove_file(volume.path("f0")) {
+            assert!(is_no_space(&error), "{error}");
+        } else if File::open(&volume.mountpoint)
+            .and_then(|root| root.sync_all())
+            .is_ok()
+        {
+            println!("{mode}: a file could be deleted");
+        }
+        let daemon = volume.daemon();
+        let umount = env.braidfs().arg("umount").arg(&volume.mountpoint);
+        let told = umount.limit_secs(120).run();
+        assert!(!volume.is_mount_point(), "{}", told.describe());
+        assert!(
+            daemon.wait_gone(Duration::from_secs(20)),
+            "it is still there"
+        );
+
+        fs::remove_file(&ballast).expect("make room");
+        volume.fsck_clean();
+        volume.mount(&[mode]);
+        let deleted = !volume.path("f0").exists();
+        if deleted {
+            fs::write(volume.path("f0"), &files[0]).expect("write it again");
+        }
+        expect_files(&volume, &files);
+        write_durably(&volume.path("new"), &files[0]).expect("there is room again");
+        for nth in 0..files.len() {
+            fs::remove_file(volume.path(&format!("f{nth}"))).expect("delete");
+        }
+        write_durably(&volume.path("newer"), &files[0]).expect("there is more room");
+        volume.remount(&[mode]);
+        assert!(fs::read(volume.path("newer")).expect("read") == files[0]);
+        volume.umount();
+        volume.fsck_clean();
+        Cmd::new("umount").arg(&host).ok();
+    }
+    Ok(())
 }

@@ -107,7 +107,7 @@ pub fn run_helper(mut args: HelperArgs) -> Result<(), CliError> {
         && let Some(rest) = first.strip_prefix("rw")
         && (rest.is_empty() || rest.starts_with(','))
     {
-        *first = rest.to_owned();
+        *first = rest.trim_start_matches(',').to_owned();
     }
     let mount_args = MountArgs {
         options: args.options,

@@ -14,6 +14,7 @@
 use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use redb::{Database, Durability, ReadOnlyTable, ReadableDatabase, TableDefinition};
@@ -134,6 +135,8 @@ pub(crate) struct Store {
     db: Mutex<Option<Database>>,
     /// Bytes of the pages in use, if counted since the last commit.
     used: Mutex<Option<u64>>,
+    /// How often a row was removed.
+    deletions: AtomicU64,
     state: RwLock<State>,
 }
 
@@ -195,6 +198,7 @@ impl Store {
         Ok(Self {
             db: Mutex::new(Some(db)),
             used: Mutex::new(None),
+            deletions: AtomicU64::new(0),
             state: RwLock::new(state),
         })
     }
@@ -278,7 +282,13 @@ impl Store {
 
     /// Removes `key` in the open group.
     pub(crate) fn delete(&self, table: Table, key: &[u8]) {
+        self.deletions.fetch_add(1, Ordering::Relaxed);
         self.state.write().open.set(table, key, None);
+    }
+
+    /// How many rows were removed since it was opened: whether there is room to come back.
+    pub(crate) fn deletions(&self) -> u64 {
+        self.deletions.load(Ordering::Relaxed)
     }
 
     /// Memory that the open group takes, in bytes, roughly.
