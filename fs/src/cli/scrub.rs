@@ -122,9 +122,10 @@ pub fn run(args: &ScrubArgs) -> Result<(), CliError> {
 }
 
 /// Assembles the volume without writing to it; labels that are damaged are found as they are.
-fn assemble(paths: &[PathBuf]) -> Result<Arc<Volume>, CliError> {
+fn assemble(paths: &[PathBuf], for_writing_later: bool) -> Result<Arc<Volume>, CliError> {
     let mode = OpenMode {
         read_only: true,
+        for_writing_later,
         direct: true,
         ..OpenMode::default()
     };
@@ -142,7 +143,7 @@ fn mount_error(error: &MountError) -> CliError {
 fn unmounted(paths: &[PathBuf], args: &ScrubArgs, options: ScrubOptions) -> Result<(), CliError> {
     // Before there are other threads, which would take the signals.
     let signals = watch_signals(args.status)?;
-    let volume = assemble(paths)?;
+    let volume = assemble(paths, !args.no_changes && !args.status)?;
     let mount_options = MountOptions {
         read_only: true,
         cache_bytes: CACHE_BYTES,

@@ -78,6 +78,11 @@ impl Header {
         })
     }
 
+    /// Whether a copy is a header, and nothing but zeros behind it.
+    pub(super) fn is_whole(raw: &[u8]) -> bool {
+        Self::decode(raw).is_some() && raw[SECTOR_LEN..].iter().all(|&byte| byte == 0)
+    }
+
     /// The newer of two.
     pub(super) fn newer(self, other: Self) -> Self {
         if other.sequence > self.sequence {
@@ -90,7 +95,7 @@ impl Header {
     /// Whether `raw` is what was last written, as far as that is still known.
     pub(super) fn is_written(&self, raw: &[u8]) -> bool {
         if self.is_dirty {
-            Self::decode(raw).is_some_and(|read| read.sequence == self.sequence)
+            Self::is_whole(raw) && word(raw, SEQUENCE_AT) == self.sequence
         } else {
             raw == self.image()
         }

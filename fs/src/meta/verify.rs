@@ -18,8 +18,9 @@ use parking_lot::Mutex;
 use super::backend::{MetaFile, MetaStorage};
 use super::checksums::Known;
 use super::head::Head;
+use super::header::Header;
 use super::mirrors::BadBlock;
-use super::state::NAMES;
+use super::state::{NAMES, State};
 
 /// Pages that are looked at while writeback is held off.
 pub(crate) const STEP_PAGES: u64 = 64;
@@ -261,25 +262,18 @@ impl MetaFile {
                 .flatten()
                 .map(|raw| raw.len() as u64)
                 .sum::<u64>();
-            let head = |raw: &AlignedBuf| Head::decode(raw, slot as u64);
-            // The slot not in force holds some older head; which one does not matter.
-            let image: Option<Vec<u8>> = if slot == 2 {
-                let is_clean = !state.header.is_dirty();
-                let written = copies
-                    .iter()
-                    .flatten()
-                    .find(|raw| state.header.is_written(raw));
-                let image = is_clean.then(|| state.header.image().to_vec());
-                image.or(written.map(|raw| raw.to_vec()))
-            } else if state.head.slot() == slot as u64 && !state.head_dirty {
-                Some(state.head.encode().to_vec())
-            } else {
-                let newest = copies.iter().flatten().filter(|raw| head(raw).is_some());
-                let newest = newest.max_by_key(|raw| head(raw).map(|head| head.sequence));
-                newest.map(|raw| raw.to_vec())
+            let image = fixed_image(&state, slot, &copies);
+            // On a read-only mount, copies that a power cut left different stay so.
+            let lags = |raw: &AlignedBuf| {
+                self.is_read_only()
+                    && if slot == 2 {
+                        Header::is_whole(raw)
+                    } else {
+                        Head::decode(raw, slot as u64).is_some()
+                    }
             };
             let is_good = |raw: &Result<AlignedBuf, BlockError>| match (raw, &image) {
-                (Ok(raw), Some(image)) => raw[..] == image[..],
+                (Ok(raw), Some(image)) => raw[..] == image[..] || lags(raw),
                 _ => false,
             };
             let bad: Vec<u8> = (0..)
@@ -341,6 +335,26 @@ impl MetaFile {
         }
         Ok(seen)
     }
+}
+
+/// What a head slot or the header (slot 2) should hold.
+fn fixed_image(state: &State, slot: usize, copies: &Copies) -> Option<Vec<u8>> {
+    let mut read = copies.iter().flatten();
+    if slot == 2 {
+        if !state.header.is_dirty() {
+            return Some(state.header.image().to_vec());
+        }
+        let written = read.find(|raw| state.header.is_written(raw));
+        return written.map(|raw| raw.to_vec());
+    }
+    let slot = slot as u64;
+    if state.head.slot() == slot && !state.head_dirty {
+        return Some(state.head.encode().to_vec());
+    }
+    // The slot not in force holds some older head; which one does not matter.
+    let heads = read.filter_map(|raw| Some((Head::decode(raw, slot)?.sequence, raw)));
+    let newest = heads.max_by_key(|&(sequence, _)| sequence);
+    newest.map(|(_, raw)| raw.to_vec())
 }
 
 /// A store of its own over the file as it is durable: what it writes stays in memory. It notes which
