@@ -1,8 +1,8 @@
 //! A volume with a bit of everything, its records, and damage done to them.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 
 use braidfs::fsck::raw::{self, Record};
 use braidfs::fsck::{Class, FsckError, Mode, Options, Outcome};
@@ -152,6 +152,53 @@ impl Sample {
         listed.extend(cookie.iter().rev());
         (key, listed)
     }
+}
+
+pub fn sample() -> &'static Sample {
+    static SAMPLE: OnceLock<Sample> = OnceLock::new();
+    SAMPLE.get_or_init(Sample::new)
+}
+
+pub fn set(table: &'static str, key: Vec<u8>, value: Vec<u8>) -> Record {
+    (table, key, Some(value))
+}
+
+pub fn gone(table: &'static str, key: Vec<u8>) -> Record {
+    (table, key, None)
+}
+
+/// A record with other bytes at `at`.
+pub fn patched(table: &'static str, key: Vec<u8>, at: usize, bytes: &[u8]) -> Record {
+    let mut value = sample().value(table, &key);
+    value[at..at + bytes.len()].copy_from_slice(bytes);
+    set(table, key, value)
+}
+
+pub fn inode(ino: Ino) -> Vec<u8> {
+    ino.to_be_bytes().to_vec()
+}
+
+pub fn le(number: u64) -> [u8; 8] {
+    number.to_le_bytes()
+}
+
+/// The first extent of a file: key, first block, blocks.
+pub fn extent(path: &str) -> (Vec<u8>, u64, u32) {
+    let key = sample().keys("extents", sample().ino(path)).remove(0);
+    let value = sample().value("extents", &key);
+    let block = u64::from_le_bytes(value[..8].try_into().unwrap());
+    let len = u32::from_le_bytes(value[8..12].try_into().unwrap());
+    (key, block, len)
+}
+
+/// The longest free run.
+pub fn free_run() -> (u64, u64) {
+    let number = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().unwrap());
+    let rows = sample().records.iter().filter(|record| record.0 == "free");
+    let runs = rows.map(|(_, key, value)| (number(key), number(value.as_ref().unwrap())));
+    runs.filter(|run| run.0 != u64::MAX)
+        .max_by_key(|run| run.1)
+        .unwrap()
 }
 
 pub fn name_key(dir: Ino, name: &str) -> Vec<u8> {
