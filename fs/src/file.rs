@@ -326,6 +326,10 @@ impl FileSystem {
         if attr.is_dir() {
             return Err(Errno::ISDIR);
         }
+        // No kernel asks for that: it opens devices and pipes itself.
+        if !attr.is_file() {
+            return Err(Errno::INVAL);
+        }
         // What the kernel has in its cache was written before.
         if !flags.from_kernel_cache {
             crate::flags::check_grow(&attr)?;

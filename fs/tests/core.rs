@@ -25,6 +25,22 @@ fn an_empty_file_system_is_sound_and_mounts_again() {
 }
 
 #[test]
+fn only_regular_files_take_bytes() {
+    let devices = devices(1, 64 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let pipe = fs.mknod(ROOT_INO, b"pipe", libc::S_IFIFO | 0o644, 0, &CRED);
+    let file = fs.open(pipe.unwrap().ino, libc::O_RDWR).unwrap();
+    for direct in [false, true] {
+        let written = try_write(&fs, &file, 0, &vec![1; MIB], direct);
+        assert_eq!(written, Err(Errno::INVAL));
+    }
+    fs.release(&file);
+    fs.unmount().unwrap();
+    check(&devices);
+}
+
+#[test]
 fn data_and_attributes_survive_a_remount() {
     let devices = devices(4, 64 << 20);
     format(&devices);

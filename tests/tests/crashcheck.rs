@@ -58,7 +58,8 @@ fn crashcheck(args: &[&str]) -> Value {
 fn a_power_cut_anywhere_leaves_a_prefix_of_the_history(_env: &Env) -> Outcome {
     let wanted = setting("CRASHCHECK_STATES", 100_000);
     let states = wanted.to_string();
-    let seen = crashcheck(&["--ops", "2", "--sample", "300", "--states", &states]);
+    let bounds = ["--states", &states, "--fsck-every", "2"];
+    let seen = crashcheck(&[&["--ops", "2", "--sample", "300"], &bounds[..]].concat());
     let different = seen["states_different"].as_u64();
     assert!(different >= Some(wanted), "only {different:?} states");
     assert_eq!(seen["violations"], 0);

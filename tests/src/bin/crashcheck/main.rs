@@ -86,6 +86,12 @@ struct All {
     /// Threads; by default as many as there are processors.
     #[arg(long)]
     threads: Option<usize>,
+    /// Check only one state in so many: a quick look at many workloads.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+    thin: u64,
+    /// Check the metadata as a whole of one state in so many before it is mounted.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..))]
+    fsck_every: u64,
     /// Go on after a violation.
     #[arg(long)]
     keep_going: bool,
@@ -156,6 +162,8 @@ impl All {
             threads: self.threads.unwrap_or(cores).max(1),
             seconds: self.seconds,
             states: self.states,
+            thin: self.thin,
+            fsck_every: self.fsck_every,
             keep_going: self.keep_going,
             quiet: self.common.quiet || self.json,
         }
@@ -208,6 +216,8 @@ impl One {
             threads: 1,
             seconds: None,
             states: None,
+            thin: 1,
+            fsck_every: 1,
             keep_going: false,
             quiet: self.common.quiet,
         };

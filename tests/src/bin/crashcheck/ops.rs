@@ -57,11 +57,12 @@ pub struct Op {
     pub steps: &'static [Step],
 }
 
-/// Makes the first tree. `a`: three pages and 100 bytes; `b`, also `d/h`: two pages and an
+/// Makes the first tree. `a`: three pages, 100 bytes and an attribute; `b`, also `d/h`: two pages and an
 /// attribute; `d/x`: one page; `e/s`: an empty directory; `l`: a symbolic link; `p`: set aside.
 pub const FIRST: &[Step] = &[
     Create("a"),
     Write("a", 0, 12_388),
+    SetXattr("a", "user.zero", 30),
     Create("b"),
     Write("b", 0, 8192),
     SetXattr("b", "user.one", 20),
@@ -103,6 +104,10 @@ pub const OPS: &[Op] = &[
     op("punch-a", &[Fallocate("a", PUNCH | KEEP, 4096, 4096)]),
     op("punch-a-ragged", &[Fallocate("a", PUNCH | KEEP, 100, 6000)]),
     op("zero-a", &[Fallocate("a", ZERO, 0, 8192)]),
+    op(
+        "zero-a-write",
+        &[Fallocate("a", ZERO, 0, 8192), Write("a", 0, 4096)],
+    ),
     op("zero-b-keep", &[Fallocate("b", ZERO | KEEP, 4096, 40_960)]),
     op("fallocate-a", &[Fallocate("a", 0, 8192, 65_536)]),
     op("fallocate-b-keep", &[Fallocate("b", KEEP, 8192, 65_536)]),

@@ -26,6 +26,10 @@ pub struct Plan {
     pub seconds: Option<u64>,
     /// Stop after so many different states.
     pub states: Option<u64>,
+    /// Only one state in so many is checked at all.
+    pub thin: u64,
+    /// One state in so many is checked by fsck before it is mounted.
+    pub fsck_every: u64,
     pub keep_going: bool,
     pub quiet: bool,
 }
@@ -168,7 +172,10 @@ impl Run<'_> {
                 if self.is_over() {
                     return Err(());
                 }
-                self.counters.states.fetch_add(1, Ordering::Relaxed);
+                let nth = self.counters.states.fetch_add(1, Ordering::Relaxed);
+                if !nth.is_multiple_of(self.plan.thin) {
+                    continue;
+                }
                 let images = cut.replay.images(loss);
                 if !known.is_new(&images, cut) {
                     continue;
@@ -181,7 +188,7 @@ impl Run<'_> {
                     self.counters.twice.fetch_add(1, Ordering::Relaxed);
                 }
                 let depth = Depth {
-                    fsck: true,
+                    fsck: twice || number.is_multiple_of(self.plan.fsck_every),
                     work: twice.then_some(number ^ self.plan.seed << 32),
                 };
                 if let Err(what) = check_one(history, cut, &devices_of(&images), depth) {

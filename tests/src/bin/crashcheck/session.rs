@@ -225,7 +225,12 @@ impl Session {
         let copied = self.with_file(from, |from| {
             self.with_file(to, |to| self.fs.copy_file_range(from, 0, to, at, len))
         })?;
-        if copied == 0 { Err(Errno::IO) } else { Ok(()) }
+        // Nothing to copy: a workload that is the same without it.
+        if copied == 0 {
+            Err(Errno(libc::ENODATA))
+        } else {
+            Ok(())
+        }
     }
 
     fn apply_to_names(&self, step: Step) -> Result<(), Errno> {
