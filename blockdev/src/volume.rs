@@ -272,6 +272,12 @@ impl Volume {
         if self.is_read_only() {
             return Err(VolumeError::Volume(VolumeErrorKind::ReadOnly));
         }
+        if let Some(dev) = self.silent_device() {
+            // Better not begun than failed half way.
+            let (kind, op, at) = (ErrorKind::TimedOut, Op::Write, 0);
+            let error = BlockError { kind, op, dev, at };
+            return Err(block_error(&self.devices, error));
+        }
         let mut durable = self.durable.lock();
         durable.discarding.retain(|in_doubt| !in_doubt.is_over());
         if !durable.discarding.is_empty() {

@@ -29,7 +29,7 @@ mod parked;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use braidfs_blockdev::{BLOCK_SIZE, Chunk, ChunkKind, InDoubt, Volume};
+use braidfs_blockdev::{BLOCK_SIZE, Chunk, ChunkKind, InDoubt, Volume, VolumeErrorKind};
 use parking_lot::{Condvar, Mutex};
 use redb::ReadableTable;
 
@@ -441,7 +441,13 @@ impl Allocator {
         let chunk: Chunk = self
             .volume
             .allocate_chunk(ChunkKind::Data, self.meta_reserve_bytes)
-            .map_err(|_| Errno::NOSPC)?;
+            .map_err(|error| match error.kind() {
+                VolumeErrorKind::Block(_) => {
+                    log::error!("no new chunk: {error}");
+                    Errno::IO
+                }
+                _ => Errno::NOSPC,
+            })?;
         let mut inner = self.inner.lock();
         if !inner.free.insert(chunk.start.0, chunk.len_blocks) {
             log::error!(

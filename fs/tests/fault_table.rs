@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use braidfs::{Errno, FileSystem, OpenFile, ROOT_INO, SetAttr};
 use braidfs_blockdev::device::sim::SimEffect;
-use braidfs_blockdev::{ErrorKind, Op, SimDevice, Volume};
+use braidfs_blockdev::{ChunkKind, ErrorKind, Op, SimDevice, Volume};
 use common::*;
 
 const TIMEOUT: Duration = Duration::from_millis(300);
@@ -289,64 +289,58 @@ impl Stage {
     }
 }
 
-/// Runs the operation; `strike` comes just before it, and may be told what it does.
+/// Mounts with the fault there; `-` stands for what there is no word of.
+fn run_mount(stage: &Stage, strike: impl FnOnce(), heal: impl FnOnce(), late: bool) -> Seen {
+    stage.clear_logs();
+    strike();
+    let mounted = stage.mount();
+    heal();
+    let (first, umount) = match mounted {
+        Ok(fs) => ("ok", word(&fs.unmount())),
+        Err(_) => ("refused", "-".to_owned()),
+    };
+    Seen {
+        first: first.to_owned(),
+        again: "-".to_owned(),
+        umount,
+        after: stage.after(late),
+    }
+}
+
+/// Runs the operation; `strike` comes just before it. `late`: the fault may cost what was written.
 fn run(stage: &Stage, strike: impl FnOnce(), heal: impl FnOnce(), late: bool) -> Seen {
-    let dash = || "-".to_owned();
-    let mut strike = Some(strike);
-    let mut heal = Some(heal);
     if stage.action == Action::Mount {
-        stage.clear_logs();
-        strike.take().into_iter().for_each(|strike| strike());
-        let mounted = stage.mount();
-        let first = match &mounted {
-            Ok(_) => "ok".to_owned(),
-            Err(_) => "refused".to_owned(),
-        };
-        heal.take().into_iter().for_each(|heal| heal());
-        let (again, umount) = match mounted {
-            Ok(fs) => (dash(), word(&fs.unmount())),
-            Err(_) => (dash(), dash()),
-        };
-        let after = stage.after(late);
-        return Seen {
-            first,
-            again,
-            umount,
-            after,
-        };
+        return run_mount(stage, strike, heal, late);
     }
     let fs = stage.mount().expect("nothing is wrong yet");
     let file = open(&fs, "f");
     stage.clear_logs();
-    strike.take().into_iter().for_each(|strike| strike());
+    strike();
     let mut first = word(&stage.act(&fs, &file));
+    if stage.action == Action::Umount {
+        fs.release(&file);
+        first = word(&fs.unmount());
+        heal();
+        return Seen {
+            umount: first.clone(),
+            first,
+            again: "-".to_owned(),
+            after: stage.after(late),
+        };
+    }
+    heal();
     let again = match stage.action {
-        Action::Umount => dash(),
-        Action::Read { .. } => {
-            heal.take().into_iter().for_each(|heal| heal());
-            word(&stage.act(&fs, &file))
-        }
-        Action::Unlink => {
-            heal.take().into_iter().for_each(|heal| heal());
-            word(&fs.fsync_dir(ROOT_INO))
-        }
-        _ => {
-            heal.take().into_iter().for_each(|heal| heal());
-            word(&fs.fsync(&file, false))
-        }
+        Action::Read { .. } => word(&stage.act(&fs, &file)),
+        Action::Unlink => word(&fs.fsync_dir(ROOT_INO)),
+        _ => word(&fs.fsync(&file, false)),
     };
     fs.release(&file);
     let umount = word(&fs.unmount());
-    if stage.action == Action::Umount {
-        first = umount.clone();
-    }
-    heal.take().into_iter().for_each(|heal| heal());
-    let after = stage.after(late);
     Seen {
         first,
         again,
         umount,
-        after,
+        after: stage.after(late),
     }
 }
 
@@ -402,68 +396,74 @@ fn table() -> String {
     text
 }
 
-/// One failed block at each position of what a small write makes of the devices.
-fn positions(name: &str, old: usize, at: usize, text: &mut String) {
-    let old_bytes = pattern(1, old);
-    let new_bytes = pattern(2, BLOCK as usize);
-    let mut wanted = old_bytes.clone();
-    wanted.resize(wanted.len().max(at + new_bytes.len()), 0);
-    wanted[at..at + new_bytes.len()].copy_from_slice(&new_bytes);
-    let prepare = || {
+/// A write of one page into a small file.
+struct Small {
+    name: &'static str,
+    old: Vec<u8>,
+    at: usize,
+    page: Vec<u8>,
+    wanted: Vec<u8>,
+}
+
+/// A request of its fsync: device, operation, offset.
+type Position = (usize, Op, u64);
+
+impl Small {
+    fn new(name: &'static str, old_pages: usize, page: usize) -> Small {
+        let (len, at) = (BLOCK as usize, page * BLOCK as usize);
+        let (old, page) = (pattern(1, old_pages * len), pattern(2, len));
+        let mut wanted = old.clone();
+        wanted.resize(wanted.len().max(at + len), 0);
+        wanted[at..at + len].copy_from_slice(&page);
+        Small {
+            name,
+            old,
+            at,
+            page,
+            wanted,
+        }
+    }
+
+    fn prepare(&self) -> (Vec<Arc<SimDevice>>, Arc<FileSystem>, Arc<OpenFile>) {
         let sims = devices(2, 24 << 20);
         format(&sims);
         let fs = mount(&sims);
         let file = create(&fs, ROOT_INO, "f");
-        write(&fs, &file, 0, &old_bytes);
+        write(&fs, &file, 0, &self.old);
         fs.fsync(&file, false).unwrap();
         sims.iter().for_each(|sim| sim.clear_log());
         (sims, fs, file)
-    };
-    let (sims, fs, file) = prepare();
-    let data: Vec<_> = fs
-        .volume()
-        .chunks()
-        .into_iter()
-        .filter(|chunk| chunk.kind == braidfs_blockdev::ChunkKind::Data)
-        .collect();
-    write(&fs, &file, at as u64, &new_bytes);
-    fs.fsync(&file, false).unwrap();
-    let mut writes = Vec::new();
-    for (device, sim) in sims.iter().enumerate() {
-        for record in sim.log() {
-            let place = (device, record.op, record.offset);
-            if record.op != Op::Read && !writes.contains(&place) {
-                writes.push(place);
+    }
+
+    /// Every place that the write and its fsync send something to, and whether it is file data.
+    fn positions(&self) -> Vec<(Position, bool)> {
+        let (sims, fs, file) = self.prepare();
+        write(&fs, &file, self.at as u64, &self.page);
+        fs.fsync(&file, false).unwrap();
+        let mut found: Vec<(Position, bool)> = Vec::new();
+        for (device, sim) in sims.iter().enumerate() {
+            for record in sim.log() {
+                let position = (device, record.op, record.offset);
+                if record.op != Op::Read && !found.iter().any(|known| known.0 == position) {
+                    found.push((position, is_data(&fs, position)));
+                }
             }
         }
+        fs.release(&file);
+        fs.unmount().unwrap();
+        found
     }
-    fs.release(&file);
-    fs.unmount().unwrap();
-    let mut rows: Vec<(&str, Seen)> = Vec::new();
-    for (device, op, offset) in writes {
-        let is_data = data.iter().flat_map(|chunk| {
-            let len = chunk.member_len_bytes;
-            chunk.members.iter().map(move |each| (each, len))
-        });
-        let is_data = is_data.into_iter().any(|(member, len)| {
-            usize::from(member.dev) == device
-                && (member.offset_bytes..member.offset_bytes + len).contains(&offset)
-        });
-        let what = match (op, is_data) {
-            (Op::Flush, _) => "flush",
-            (_, true) => "a block of data",
-            _ => "a block of metadata",
-        };
-        let (sims, fs, file) = prepare();
+
+    fn fail_at(&self, (device, op, offset): Position) -> (Seen, &'static str) {
+        let (sims, fs, file) = self.prepare();
         let eio = SimEffect::Fail(ErrorKind::Os(libc::EIO));
         sims[device].inject(op, offset..offset + BLOCK, eio, None);
-        let written = try_write(&fs, &file, at as u64, &new_bytes, false);
-        assert_eq!(written, Ok(new_bytes.len() as u32));
+        write(&fs, &file, self.at as u64, &self.page);
         let first = word(&fs.fsync(&file, false));
         sims[device].heal();
-        let page = match try_read(&fs, &file, 0, wanted.len(), false) {
-            Ok(bytes) if bytes == wanted => "new",
-            Ok(bytes) if bytes == old_bytes => "old",
+        let page = match try_read(&fs, &file, 0, self.wanted.len(), false) {
+            Ok(bytes) if bytes == self.wanted => "new",
+            Ok(bytes) if bytes == self.old => "old",
             Ok(_) => panic!("wrong bytes"),
             Err(_) => "EIO",
         };
@@ -472,37 +472,56 @@ fn positions(name: &str, old: usize, at: usize, text: &mut String) {
         let umount = word(&fs.unmount());
         check(&sims);
         let fs = mount(&sims);
-        let bytes = read(&fs, &open(&fs, "f"), 0, wanted.len());
-        assert!(bytes == wanted || bytes == old_bytes, "{what}: wrong bytes");
-        let after = if bytes == wanted { "new" } else { "old" };
-        assert!(after == "new" || (first == "EIO" && again == "EIO"));
+        let bytes = read(&fs, &open(&fs, "f"), 0, self.wanted.len());
         fs.unmount().unwrap();
+        assert!(bytes == self.wanted || bytes == self.old, "wrong bytes");
+        let after = if bytes == self.wanted { "new" } else { "old" };
+        assert!(after == "new" || (first == "EIO" && again == "EIO"));
         let seen = Seen {
             first,
             again,
             umount,
-            after: format!("{page} | {after}"),
+            after: after.to_owned(),
         };
-        eprintln!("{name}, {what} at {device}:{offset}");
-        if !rows.iter().any(|row| *row == (what, seen.clone())) {
-            rows.push((what, seen));
+        (seen, page)
+    }
+
+    fn rows(&self, text: &mut String) {
+        let mut rows: Vec<String> = Vec::new();
+        for (position, is_data) in self.positions() {
+            let what = match (position.1, is_data) {
+                (Op::Flush, _) => "flush",
+                (_, true) => "a block of data",
+                _ => "a block of metadata",
+            };
+            let (seen, page) = self.fail_at(position);
+            let Seen {
+                first,
+                again,
+                umount,
+                after,
+            } = seen;
+            let name = self.name;
+            let row =
+                format!("| {name} | {what} | {first} | {page} | {again} | {umount} | {after} |\n");
+            if !rows.contains(&row) {
+                rows.push(row);
+            }
         }
+        rows.sort();
+        rows.iter().for_each(|row| text.push_str(row));
     }
-    rows.sort_by_key(|row| row.0);
-    for (what, seen) in rows {
-        let Seen {
-            first,
-            again,
-            umount,
-            after,
-        } = seen;
-        let (page, after) = after.split_once(" | ").expect("two parts");
-        let row = writeln!(
-            text,
-            "| {name} | {what} | {first} | {page} | {again} | {umount} | {after} |"
-        );
-        row.expect("a string takes everything");
-    }
+}
+
+fn is_data(fs: &FileSystem, (device, _, offset): Position) -> bool {
+    fs.volume().chunks().iter().any(|chunk| {
+        let mut places = chunk.members.iter();
+        chunk.kind == ChunkKind::Data
+            && places.any(|member| {
+                let end = member.offset_bytes + chunk.member_len_bytes;
+                usize::from(member.dev) == device && (member.offset_bytes..end).contains(&offset)
+            })
+    })
 }
 
 fn position_table() -> String {
@@ -510,13 +529,8 @@ fn position_table() -> String {
         "| write | failed | first fsync | page then | second fsync, healed | umount | after the next mount |\n\
          | --- | --- | --- | --- | --- | --- | --- |\n",
     );
-    positions(
-        "overwrite of the middle page of three",
-        3 * 4096,
-        4096,
-        &mut text,
-    );
-    positions("append of a page", 2 * 4096, 2 * 4096, &mut text);
+    Small::new("overwrite of the middle page of three", 3, 1).rows(&mut text);
+    Small::new("append of a page", 2, 2).rows(&mut text);
     text
 }
 

@@ -208,6 +208,9 @@ fn blocks_of_a_write_that_was_given_up_are_not_used_before_it_is_over() {
         if set_aside {
             fs.fallocate(&file, 0, 0, MIB as u64).unwrap();
         }
+        // So that there is a chunk to write to.
+        let first = create(&fs, ROOT_INO, "first");
+        write(&fs, &first, 0, &pattern(1, MIB));
         fs.fsync(&file, false).unwrap();
         devices.iter().for_each(|device| device.hold(true));
         write(&fs, &file, 0, &pattern(2, MIB));
@@ -259,6 +262,7 @@ fn a_silence_ends_without_a_trace() {
     let members = timed::members(&devices, Duration::from_millis(200));
     let fs = mount_members(members, options());
     let file = create(&fs, ROOT_INO, "f");
+    write(&fs, &file, 0, &pattern(1, MIB));
     fs.sync().unwrap();
     devices[0].hold(true);
     devices[1].hold(true);

@@ -234,7 +234,7 @@ impl ParsedOptions {
                 }
                 _ => {
                     return impossible(&format!(
-                        "seconds from 1 to {ANSWER_SECONDS_MAX}, or 0 for no limit"
+                        "seconds to {ANSWER_SECONDS_MAX}, or 0 for no limit"
                     ));
                 }
             },
@@ -458,7 +458,7 @@ mod tests {
             ("threads=0", "'threads=0'"),
             ("threads=100000", "'threads=100000'"),
             ("attr_timeout=-1", "'attr_timeout=-1'"),
-            ("timeout=86401", "1 to 86400"),
+            ("timeout=86401", "to 86400, or 0"),
             ("timeout", "needs a value"),
             ("uid=5", "chown"),
             ("fsname=", "'fsname='"),
