@@ -1,0 +1,6 @@
+//! See `braidfs::fuzzing`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    braidfs::fuzzing::run("metadata", input).expect("a target of this name");
+});
