@@ -13,7 +13,7 @@ use std::path::Path;
 /// First bytes of every label.
 pub const MAGIC: [u8; 8] = *b"BRAIDFS\0";
 /// The format that this code writes.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Size of one label copy.
 pub const LABEL_LEN: usize = 4096;
 /// Where the copies live, by slot.

@@ -54,6 +54,6 @@ pub use stats::{Histogram, QueueStats, VolumeStats};
 pub use table::TableError;
 pub use units::{BLOCK_SIZE, PAGE_SIZE, VolBlock};
 pub use volume::{
-    Chunk, ChunkKind, ChunkMember, Class, DeviceInfo, FormatOptions, Plug, Profile, Volume,
-    VolumeError, VolumeErrorKind, VolumeInfo,
+    Chunk, ChunkKind, ChunkMember, Class, DeviceInfo, FormatOptions, LabelFault, Plug, Profile,
+    Volume, VolumeError, VolumeErrorKind, VolumeInfo,
 };

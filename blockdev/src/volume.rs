@@ -6,6 +6,7 @@
 mod describe;
 mod discard;
 mod elect;
+mod labels;
 mod map;
 mod plug;
 mod space;
@@ -14,6 +15,7 @@ mod transfer;
 mod types;
 mod wait;
 
+pub use labels::LabelFault;
 pub use plug::Plug;
 pub use types::*;
 
@@ -72,6 +74,8 @@ pub struct Volume {
     /// See [`Volume::meta_growth_bytes`].
     meta_growth: AtomicU64,
     read_only: AtomicBool,
+    /// Found bad and written again when it became writable.
+    mended_labels: Mutex<Vec<LabelFault>>,
     was_clean: bool,
     closed: AtomicBool,
     plug_lists: Mutex<Vec<plug::Lists>>,
@@ -193,6 +197,7 @@ impl Volume {
             devices,
             queues,
             read_only: AtomicBool::new(read_only),
+            mended_labels: Mutex::default(),
             was_clean,
             closed: AtomicBool::new(false),
             plug_lists: Mutex::default(),
@@ -236,9 +241,11 @@ impl Volume {
         }
         elected.check_known()?;
         let failed = |error| block_error(&self.devices, error);
+        let faults = self.faults(&durable);
         elected.repair().map_err(failed)?;
         let table = durable.table.clone();
         self.update(&mut durable, table, false).map_err(failed)?;
+        *self.mended_labels.lock() = faults;
         self.read_only.store(false, Ordering::Release);
         Ok(())
     }

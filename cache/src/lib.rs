@@ -67,3 +67,4 @@ pub use readahead::ReadaheadState;
 pub use space::{AddressSpace, WriteOutcome, WriteResult};
 pub use stats::CacheStats;
 pub use units::PageRange;
+pub use writeback::WritebackHold;

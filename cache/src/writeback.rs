@@ -71,6 +71,12 @@ impl Drop for Pass {
     }
 }
 
+/// Holds off writeback of a space until it is dropped: what its pages have on the devices does not
+/// change meanwhile, though they may become dirty.
+pub struct WritebackHold {
+    _pass: Arc<Pass>,
+}
+
 /// Pages of a dirty run, pinned.
 struct Pin {
     frame: Frame,
@@ -388,6 +394,14 @@ impl AddressSpace {
         writer.drain();
         let error = *pass.error.lock();
         error.map_or(Ok(()), Err)
+    }
+
+    /// Waits for writeback of the space to end, and holds it off. Not for long: those who need
+    /// clean pages wait. The caller neither writes back nor waits for who does meanwhile.
+    pub fn hold_writeback(self: &Arc<Self>) -> WritebackHold {
+        WritebackHold {
+            _pass: self.begin_pass(),
+        }
     }
 
     /// The right to write back, when its holder lets it go. The caller holds no other one.

@@ -197,6 +197,7 @@ impl FileSystem {
             }
             let asked = state.wanted > state.closed;
             drop(state);
+            self.meta.mend_now();
             if !self.is_read_only() && (asked || self.is_changed()) {
                 self.commit_once();
             } else {

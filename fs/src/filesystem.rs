@@ -15,9 +15,12 @@ use crate::alloc::{Allocator, SpaceStats};
 use crate::commit::{Committer, TxgStats};
 use crate::inode::{Inode, InodeTable};
 use crate::meta::backend::MetaFile;
+use crate::meta::mirrors::MetaStats;
 use crate::meta::records::{InodeRecord, decode_u64, ino_key};
 use crate::meta::store::{Store, Table};
 use crate::reclaim::Reclaimer;
+use crate::scrub::record::SETTING_SCRUB;
+use crate::scrub::{ScrubSummary, Scrubber};
 use crate::txg::{Gate, ReadEpoch};
 use crate::{Attr, Errno, Ino, MountOptions, ROOT_INO, Timestamp};
 
@@ -76,6 +79,7 @@ pub struct FileSystem {
     pub(crate) mapping: RwLock<()>,
     pub(crate) committer: Committer,
     pub(crate) reclaimer: Reclaimer,
+    pub(crate) scrubber: Scrubber,
     /// Mounted read-only, and not made writable since.
     read_only: AtomicBool,
     /// Held to change that.
@@ -96,6 +100,10 @@ pub struct FsStats {
     pub space: SpaceStats,
     /// Inodes in memory.
     pub inodes_in_memory: u64,
+    /// Bad copies of metadata.
+    pub metadata: MetaStats,
+    /// The last scrub.
+    pub scrub: ScrubSummary,
     /// The page cache.
     pub cache: braidfs_cache::CacheStats,
     /// The volume and its devices.
@@ -198,6 +206,8 @@ impl FileSystem {
         };
         let (next_ino, inode_count) = (number(SETTING_NEXT_INO)?, number(SETTING_INODE_COUNT)?);
         let read_only = AtomicBool::new(options.read_only);
+        let scrubber = Scrubber::default();
+        store.get(Table::Settings, SETTING_SCRUB, |value| scrubber.load(value))?;
         let fs = Arc::new_cyclic(|me| Self {
             me: Weak::clone(me),
             options,
@@ -217,6 +227,7 @@ impl FileSystem {
             mapping: RwLock::default(),
             committer: Committer::default(),
             reclaimer: Reclaimer::default(),
+            scrubber,
             read_only,
             remounting: Mutex::default(),
             failed: AtomicBool::new(false),
@@ -257,6 +268,7 @@ impl FileSystem {
         if self.unmounted.swap(true, Ordering::SeqCst) {
             return Ok(());
         }
+        self.end_scrubs();
         if !self.is_read_only() {
             if let Err(error) = self.release_orphans() {
                 log::warn!("orphans stay until the next mount: {error}");
@@ -396,6 +408,8 @@ impl FileSystem {
             txg: self.committer.stats(),
             space: self.space.stats(),
             inodes_in_memory: self.inodes.count(),
+            metadata: self.meta.stats(),
+            scrub: self.scrub_summary(),
             cache: self.cache.stats(),
             volume: self.volume.stats(),
         }

@@ -33,6 +33,7 @@ mod options;
 mod range_lock;
 mod reclaim;
 mod room;
+pub mod scrub;
 mod seek;
 mod trim;
 mod txg;
@@ -47,5 +48,6 @@ pub use flags::{
     FLAG_APPEND, FLAG_DIRSYNC, FLAG_IMMUTABLE, FLAG_NOATIME, FLAG_NODUMP, FLAG_NOTAIL, FLAG_SYNC,
     FLAGS_KNOWN,
 };
+pub use meta::mirrors::MetaStats;
 pub use options::*;
 pub use types::*;

@@ -65,7 +65,8 @@ impl Elected {
     }
 }
 
-fn read_labels(devices: &Devices) -> Vec<[Result<Label, LabelError>; 2]> {
+/// Both label copies of each device.
+pub(super) fn read_labels(devices: &Devices) -> Vec<[Result<Label, LabelError>; 2]> {
     let job = |dev: usize, slot: usize| Job {
         dev,
         op: Op::Read,
@@ -85,7 +86,7 @@ fn read_labels(devices: &Devices) -> Vec<[Result<Label, LabelError>; 2]> {
 }
 
 /// The table of `generation` on each of `devices`.
-fn read_tables(
+pub(super) fn read_tables(
     devices: &Devices,
     fs_uuid: &[u8; 16],
     generation: u64,

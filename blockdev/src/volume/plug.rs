@@ -74,6 +74,13 @@ impl<'a> Plug<'a> {
         self.add(Op::Write, at, kiobuf, None, lane);
     }
 
+    /// Writes the kiobuf to one copy of mirrored blocks, to mend it; the caller knows that the other
+    /// one has the same content, and that nobody else writes these blocks meanwhile.
+    pub fn write_copy(&mut self, at: VolBlock, kiobuf: Kiobuf, copy: u8, class: Class) {
+        let lane = if class == Class::Sync { 1 } else { 2 };
+        self.add(Op::Write, at, kiobuf, Some(copy), lane);
+    }
+
     /// Dispatches everything; what dropping the plug does too.
     pub fn finish(self) {}
 
@@ -103,7 +110,7 @@ impl<'a> Plug<'a> {
             let copies = usize::from(chunk.copies());
             let members = match (copies, op, copy) {
                 (1, _, None | Some(0)) => piece.member..piece.member + 1,
-                (_, Op::Write, _) => 0..copies,
+                (_, Op::Write, None) => 0..copies,
                 (_, _, Some(copy)) if usize::from(copy) < copies => {
                     usize::from(copy)..usize::from(copy) + 1
                 }

@@ -46,6 +46,18 @@ impl Volume {
         })
     }
 
+    /// Writes one copy of mirrored blocks and waits; see [`Plug::write_copy`].
+    pub fn write_copy_wait(
+        &self,
+        at: VolBlock,
+        buf: AlignedBuf,
+        copy: u8,
+    ) -> Result<AlignedBuf, BlockError> {
+        self.transfer_wait(Op::Write, at, buf, |plug, kiobuf| {
+            plug.write_copy(at, kiobuf, copy, Class::Sync);
+        })
+    }
+
     fn transfer_wait(
         &self,
         op: Op,

@@ -7,6 +7,9 @@
 //! | --- | --- |
 //! | `stats` | one line of JSON |
 //! | `writable` | `ok` or `error TEXT`: a file system that was mounted read-only goes on writing |
+//! | `scrub status` | one line of JSON |
+//! | `scrub start MODE RATE`, `scrub resume MODE RATE` | `ok` or `error TEXT`; MODE is `repair` or `look`, RATE bytes per second or `-` |
+//! | `scrub pause`, `scrub cancel` | `ok` or `error TEXT` |
 //! | `wait` | `waiting` at once; `ok` or `error TEXT` when the daemon has ended after an unmount |
 //!
 //! A device number belongs to one mount at a time, so whatever lies at its path when a mount begins
@@ -27,6 +30,8 @@ use parking_lot::{Condvar, Mutex};
 
 use crate::fuse::MountHandle;
 use crate::fuse::mounts::MountEntry;
+use crate::scrub::ScrubOptions;
+use crate::{Errno, FileSystem};
 
 /// Most connections at a time.
 const CONNECTIONS_MAX: usize = 64;
@@ -222,6 +227,13 @@ fn answer(stream: &UnixStream, state: &State) -> io::Result<()> {
                 None => write_error(out, "the file system is being unmounted"),
             }
         }
+        line if line.starts_with("scrub ") => {
+            let mount = state.inner.lock().mount.clone();
+            match mount {
+                Some(mount) => answer_scrub(out, mount.file_system(), line),
+                None => write_error(out, "the file system is being unmounted"),
+            }
+        }
         "wait" => {
             writeln!(out, "waiting")?;
             match state.wait(stream)? {
@@ -231,6 +243,38 @@ fn answer(stream: &UnixStream, state: &State) -> io::Result<()> {
             }
         }
         _ => write_error(out, "unknown command"),
+    }
+}
+
+fn answer_scrub(mut out: &UnixStream, fs: &FileSystem, line: &str) -> io::Result<()> {
+    let words: Vec<&str> = line.split(' ').skip(1).collect();
+    let done = match words[..] {
+        ["status"] => {
+            let status = serde_json::to_string(&fs.scrub_status())?;
+            return writeln!(out, "{status}");
+        }
+        ["pause"] => fs.scrub_pause(),
+        ["cancel"] => fs.scrub_cancel(),
+        [verb @ ("start" | "resume"), mode, rate] => fs.scrub_start(ScrubOptions {
+            rate_bytes: rate.parse().ok(),
+            no_repair: mode == "look",
+            resume: verb == "resume",
+            since_mount: false,
+        }),
+        _ => return write_error(out, "unknown command"),
+    };
+    match done {
+        Ok(()) => writeln!(out, "ok"),
+        Err(errno) => write_error(out, &scrub_refusal(errno)),
+    }
+}
+
+/// Why a scrub was not begun, paused, resumed or canceled.
+pub fn scrub_refusal(errno: Errno) -> String {
+    match errno {
+        Errno::BUSY => "a scrub is under way; 'braidfs scrub --status' shows it".to_owned(),
+        Errno::INVAL => "there is no scrub to pause, resume or cancel".to_owned(),
+        errno => errno.to_string(),
     }
 }
 
@@ -313,6 +357,14 @@ pub fn request_stats(stream: &UnixStream) -> io::Result<String> {
     stream.set_read_timeout(Some(PEER_TIMEOUT))?;
     let mut out = stream;
     writeln!(out, "stats")?;
+    read_line(&mut BufReader::new(stream))
+}
+
+/// Says `words` about a scrub to the daemon of a mount; gives its answer.
+pub fn request_scrub(stream: &UnixStream, words: &str) -> io::Result<String> {
+    stream.set_read_timeout(Some(PEER_TIMEOUT))?;
+    let mut out = stream;
+    writeln!(out, "scrub {words}")?;
     read_line(&mut BufReader::new(stream))
 }
 

@@ -6,6 +6,10 @@ pub const USAGE: u8 = 1;
 pub const SYSTEM: u8 = 2;
 /// The mount or unmount failed (mount(8)).
 pub const FAILURE: u8 = 32;
+/// fsck(8): errors were repaired.
+pub const FSCK_REPAIRED: u8 = 1;
+/// fsck(8): canceled by the user.
+pub const CANCELED: u8 = 32;
 /// fsck(8): errors are left.
 pub const FSCK_ERRORS: u8 = 4;
 /// fsck(8): operational error.

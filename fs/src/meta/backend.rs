@@ -8,23 +8,23 @@
 //! doubles its file, and most of that may never be written.
 //!
 //! `sync_data` is the barrier that every durability promise rests on. In this order: write back
-//! all pages, then the checksum blocks that changed, then the head if the length changed; then
-//! one flush of all devices, which also covers all data written before.
+//! all pages, then the checksum blocks that changed, redb's header if it changed (see
+//! [`super::header`]: page 0 is not in the cache) and the head if the length changed (see
+//! [`super::head`]); then one flush of all devices, which also covers all data written before.
 //!
-//! Head: blocks 0 and 1 of the first metadata chunk, written by turns: magic, sequence, length of
-//! the file in bytes, number of chunks in use, CRC32C. The valid one with the higher sequence
-//! counts.
+//! A page that is read from a bad copy is taken from the other one, and the bad copy is mended by
+//! the committing thread, which holds off writeback of the file meanwhile.
 //!
 //! Locks: `state` is held for look-ups in memory and, when a chunk's checksum area is loaded or a
 //! chunk is made, for that device I/O; nothing else is taken under it.
 
+use std::collections::BTreeSet;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
 use braidfs_blockdev::{
-    AlignedBuf, BlockError, Chunk, ChunkKind, Class, Completion, Kiobuf, PAGE_SIZE, VolBlock,
-    Volume,
+    AlignedBuf, BlockError, ChunkKind, Class, Completion, Kiobuf, PAGE_SIZE, VolBlock, Volume,
 };
 use braidfs_cache::{
     AddressSpace, Backing, Cache, CacheError, MapOut, PageRange, Placement, Segment, SegmentKind,
@@ -34,230 +34,24 @@ use parking_lot::Mutex;
 
 use crate::latch::Latch;
 
-use super::checksums::{self, Area, HEAD_BLOCKS, Known};
-
-const HEAD_MAGIC: [u8; 8] = *b"BRAIDMET";
-const HEAD_LEN: usize = 36;
+use super::checksums::{Area, Known};
+use super::mirrors::{MetaStats, Mirrors};
+use super::state::{MetaChunk, State};
 
 /// Id of the metadata address space: no inode has it.
 const META_SPACE_ID: u64 = 0;
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Head {
-    sequence: u64,
-    len_bytes: u64,
-    chunk_count: u32,
-}
-
-impl Head {
-    fn encode(&self) -> AlignedBuf {
-        let mut buf = AlignedBuf::zeroed(PAGE_SIZE);
-        buf[..8].copy_from_slice(&HEAD_MAGIC);
-        buf[8..16].copy_from_slice(&self.sequence.to_le_bytes());
-        buf[16..24].copy_from_slice(&self.len_bytes.to_le_bytes());
-        buf[24..28].copy_from_slice(&self.chunk_count.to_le_bytes());
-        let crc = crc32c::crc32c(&buf[..HEAD_LEN - 4]);
-        buf[HEAD_LEN - 4..HEAD_LEN].copy_from_slice(&crc.to_le_bytes());
-        buf
-    }
-
-    fn decode(raw: &[u8]) -> Option<Self> {
-        let word = |at: usize| Some(u64::from_le_bytes(raw.get(at..at + 8)?.try_into().ok()?));
-        let half = |at: usize| Some(u32::from_le_bytes(raw.get(at..at + 4)?.try_into().ok()?));
-        if raw.get(..8)? != HEAD_MAGIC
-            || half(HEAD_LEN - 4)? != crc32c::crc32c(raw.get(..HEAD_LEN - 4)?)
-        {
-            return None;
-        }
-        Some(Self {
-            sequence: word(8)?,
-            len_bytes: word(16)?,
-            chunk_count: half(24)?,
-        })
-    }
-}
-
-/// One metadata chunk.
-struct MetaChunk {
-    start: VolBlock,
-    area_blocks: u64,
-    payload_blocks: u64,
-    /// First page of the file that lives here.
-    first_page: u64,
-    /// The checksum area; `None` until first needed.
-    area: Option<Area>,
-}
-
-impl MetaChunk {
-    fn new(chunk: &Chunk, first_page: u64) -> Self {
-        let (area_blocks, payload_blocks) = checksums::divide(chunk.len_blocks);
-        Self {
-            start: chunk.start,
-            area_blocks,
-            payload_blocks,
-            first_page,
-            area: None,
-        }
-    }
-
-    fn area_block(&self, at: u64) -> VolBlock {
-        VolBlock(self.start.0 + HEAD_BLOCKS + at)
-    }
-
-    fn payload_block(&self, index: u64) -> VolBlock {
-        VolBlock(self.start.0 + HEAD_BLOCKS + self.area_blocks + index)
-    }
-
-    fn end_page(&self) -> u64 {
-        self.first_page + self.payload_blocks
-    }
-
-    /// The area, read from the devices if need be; a damaged sector is taken from the other copy.
-    fn area(&mut self, volume: &Volume) -> Result<&mut Area, BlockError> {
-        if self.area.is_none() {
-            let mut area = Area::new(self.area_blocks);
-            for at in 0..self.area_blocks {
-                let block = self.area_block(at);
-                let mut sound = false;
-                for copy in 0..volume.copies(block) {
-                    let buf = AlignedBuf::zeroed(PAGE_SIZE);
-                    let raw = match volume.read_wait(block, buf, Some(copy)) {
-                        Ok(raw) => raw,
-                        Err(error) if copy + 1 == volume.copies(block) && copy == 0 => {
-                            return Err(error);
-                        }
-                        Err(_) => continue,
-                    };
-                    sound = area.load_block(at, &raw, copy == 0);
-                    if sound {
-                        break;
-                    }
-                    log::error!(
-                        "metadata checksums at block {} copy {copy} are damaged",
-                        block.0
-                    );
-                }
-                if !sound {
-                    log::error!(
-                        "metadata checksums at block {} are lost in all copies",
-                        block.0
-                    );
-                }
-            }
-            self.area = Some(area);
-        }
-        Ok(self.area.as_mut().expect("loaded above"))
-    }
-}
-
 /// Checksums take less than this share of a chunk.
 const CHECKSUM_SHARE: u64 = 64;
 
-struct State {
-    chunks: Vec<MetaChunk>,
-    head: Head,
-    head_dirty: bool,
-    /// One past the highest page that was ever written.
-    high_page: u64,
-}
-
-impl State {
-    /// What the devices say.
-    fn load(volume: &Volume, fresh: bool) -> io::Result<Self> {
-        let chunks: Vec<Chunk> = volume
-            .chunks()
-            .into_iter()
-            .filter(|chunk| chunk.kind == ChunkKind::Meta)
-            .collect();
-        let first = chunks.first().ok_or_else(|| {
-            io::Error::new(
-                io::ErrorKind::InvalidData,
-                "the chunk table has no metadata chunk",
-            )
-        })?;
-        let mut head = Head::default();
-        if fresh {
-            for slot in 0..HEAD_BLOCKS {
-                let block = VolBlock(first.start.0 + slot);
-                let zeros = AlignedBuf::zeroed(PAGE_SIZE);
-                volume.write_wait(block, zeros).map_err(block_error)?;
-            }
-            volume.flush_wait().map_err(block_error)?;
-        }
-        for slot in 0..HEAD_BLOCKS {
-            let block = VolBlock(first.start.0 + slot);
-            for copy in 0..volume.copies(block) {
-                let buf = AlignedBuf::zeroed(PAGE_SIZE);
-                if let Ok(raw) = volume.read_wait(block, buf, Some(copy))
-                    && let Some(found) = Head::decode(&raw)
-                    && found.sequence > head.sequence
-                {
-                    head = found;
-                }
-            }
-        }
-        if head == Head::default() && !fresh {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                "there is no valid head: it is damaged, or formatting did not come to its end",
-            ));
-        }
-        if head.chunk_count as usize > chunks.len() {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidData,
-                format!(
-                    "the metadata head names {} chunks, the chunk table has {}",
-                    head.chunk_count,
-                    chunks.len()
-                ),
-            ));
-        }
-        let mut state = State {
-            chunks: Vec::new(),
-            head,
-            head_dirty: false,
-            high_page: 0,
-        };
-        for chunk in &chunks {
-            let first_page = state.chunks.last().map_or(0, MetaChunk::end_page);
-            let mut chunk = MetaChunk::new(chunk, first_page);
-            if state.chunks.len() >= head.chunk_count as usize {
-                // Made just before a crash, or by formatting: nothing in it counts yet.
-                chunk.area = Some(Area::new(chunk.area_blocks));
-            }
-            state.chunks.push(chunk);
-        }
-        state.high_page = highest_page(&mut state.chunks, volume);
-        Ok(state)
-    }
-}
-
-/// One past the highest page that the checksum areas know of. Looks at the last chunks only, until
-/// one has been written to.
-fn highest_page(chunks: &mut [MetaChunk], volume: &Volume) -> u64 {
-    for chunk in chunks.iter_mut().rev() {
-        let (first, end) = (chunk.first_page, chunk.end_page());
-        let payload = chunk.payload_blocks;
-        match chunk.area(volume) {
-            Ok(area) => {
-                let known = |&index: &u64| area.known(index) != Known::Nothing;
-                if let Some(index) = (0..payload).rev().find(known) {
-                    return first + index + 1;
-                }
-            }
-            // Not to be seen now: take it for full.
-            Err(_) => return end,
-        }
-    }
-    0
-}
-
 /// redb's file. Shared by redb (as its storage) and the page cache (as its backing).
 pub(crate) struct MetaFile {
-    volume: Arc<Volume>,
-    state: Mutex<State>,
+    pub(super) mirrors: Mirrors,
+    pub(super) state: Mutex<State>,
     space: OnceLock<Arc<AddressSpace>>,
-    read_only: AtomicBool,
+    /// Pages with a bad copy and a good one.
+    pub(super) to_mend: Mutex<BTreeSet<u64>>,
+    pub(super) mending_held: AtomicBool,
 }
 
 impl std::fmt::Debug for MetaFile {
@@ -283,12 +77,14 @@ impl MetaFile {
         read_only: bool,
         fresh: bool,
     ) -> io::Result<Arc<Self>> {
-        let state = State::load(&volume, fresh)?;
+        let mirrors = Mirrors::new(volume, read_only);
+        let state = State::load(&mirrors, fresh)?;
         let file = Arc::new(Self {
-            volume,
+            mirrors,
             state: Mutex::new(state),
             space: OnceLock::new(),
-            read_only: AtomicBool::new(read_only),
+            to_mend: Mutex::default(),
+            mending_held: AtomicBool::new(false),
         });
         let backing: Arc<dyn Backing> = Arc::new(MetaBacking(Arc::downgrade(&file)));
         let space = cache.new_space(META_SPACE_ID, SpaceClass::Meta, backing);
@@ -302,27 +98,31 @@ impl MetaFile {
         MetaStorage(Arc::clone(self))
     }
 
-    fn is_read_only(&self) -> bool {
-        self.read_only.load(Ordering::Acquire)
+    pub(super) fn is_read_only(&self) -> bool {
+        self.mirrors.is_read_only()
+    }
+
+    /// What became of its copies since the mount.
+    pub(crate) fn stats(&self) -> MetaStats {
+        self.mirrors.stats()
     }
 
     /// What recovery did in memory is forgotten; it is for redb to do again, and be written. Nobody
     /// uses the file meanwhile.
     pub(crate) fn begin_again_to_write(&self) -> io::Result<()> {
         self.space().discard(PageRange::ALL);
-        *self.state.lock() = State::load(&self.volume, false)?;
-        self.read_only.store(false, Ordering::Release);
+        self.mirrors.set_writable();
+        *self.state.lock() = State::load(&self.mirrors, false)?;
         Ok(())
     }
 
-    fn space(&self) -> &Arc<AddressSpace> {
+    pub(super) fn space(&self) -> &Arc<AddressSpace> {
         self.space.get().expect("set in open")
     }
 
     /// Bytes that the chunks of the file hold.
     pub(crate) fn capacity_bytes(&self) -> u64 {
-        let state = self.state.lock();
-        state.chunks.last().map_or(0, MetaChunk::end_page) * PAGE_SIZE as u64
+        self.state.lock().end_page() * PAGE_SIZE as u64
     }
 
     /// How long the file may become when its chunks may grow by `growth` bytes. redb makes its file
@@ -352,18 +152,17 @@ impl MetaFile {
 
     /// Makes chunks until page `end - 1` has a home.
     fn grow_to(&self, state: &mut State, end: u64) -> Result<(), CacheError> {
-        while state.chunks.last().map_or(0, MetaChunk::end_page) < end {
+        while state.end_page() < end {
             let chunk = self
+                .mirrors
                 .volume
                 .allocate_chunk(ChunkKind::Meta, 0)
                 .map_err(|error| {
                     log::error!("metadata cannot grow: {error}");
                     CacheError::Backing(libc::ENOSPC)
                 })?;
-            let first_page = state.chunks.last().map_or(0, MetaChunk::end_page);
-            let mut chunk = MetaChunk::new(&chunk, first_page);
-            chunk.area = Some(Area::new(chunk.area_blocks));
-            state.chunks.push(chunk);
+            let first_page = state.end_page();
+            state.chunks.push(MetaChunk::fresh(&chunk, first_page));
         }
         Ok(())
     }
@@ -375,7 +174,7 @@ impl MetaFile {
             for at in page.max(chunk.first_page)..chunk.end_page() {
                 let index = at - chunk.first_page;
                 chunk
-                    .area(&self.volume)
+                    .area(&self.mirrors)
                     .map_err(block_error)?
                     .set(index, None);
             }
@@ -383,28 +182,33 @@ impl MetaFile {
         Ok(())
     }
 
-    /// Writes the checksum blocks that changed, and the head if it did, all at once.
-    fn write_areas_and_head(&self) -> Result<(), BlockError> {
+    /// Writes the checksum blocks that changed, and header and head if they did, all at once.
+    fn write_areas_and_heads(&self) -> Result<(), BlockError> {
         let mut state = self.state.lock();
         let mut writes = Vec::new();
         let mut taken = Vec::new();
         for (nth, chunk) in state.chunks.iter_mut().enumerate() {
-            let Some(area) = chunk.area.as_mut() else {
-                continue;
-            };
-            for at in area.take_dirty() {
+            let dirty = chunk.area.as_mut().map(Area::take_dirty);
+            let Some(area) = &chunk.area else { continue };
+            for at in dirty.unwrap_or_default() {
                 let mut buf = AlignedBuf::zeroed(PAGE_SIZE);
                 area.encode_block(at, &mut buf);
-                writes.push((VolBlock(chunk.start.0 + HEAD_BLOCKS + at), buf));
+                writes.push((chunk.area_block(at), buf));
                 taken.push((nth, at));
             }
         }
+        let fixed = state.fixed_blocks();
         let mut head = state.head;
         head.chunk_count = u32::try_from(state.chunks.len()).unwrap_or(u32::MAX);
         if state.head_dirty || state.head.chunk_count != head.chunk_count {
             head.sequence += 1;
-            let block = VolBlock(state.chunks[0].start.0 + head.sequence % HEAD_BLOCKS);
-            writes.push((block, head.encode()));
+            writes.push((fixed[usize::from(head.slot() > 0)], head.encode()));
+        }
+        let header_written = state.header.is_dirty();
+        if header_written {
+            // The new head is not durable yet.
+            let durable = state.head.sequence;
+            writes.push((fixed[2], state.header.seal(durable)));
         }
         let written = self.write_all(writes);
         if written.is_ok() {
@@ -416,13 +220,16 @@ impl MetaFile {
                     area.set_dirty(at);
                 }
             }
+            if header_written {
+                state.header.set_dirty();
+            }
         }
         written
     }
 
     fn write_all(&self, writes: Vec<(VolBlock, AlignedBuf)>) -> Result<(), BlockError> {
         let latch = Arc::new(Latch::new(writes.len()));
-        let mut plug = self.volume.plug();
+        let mut plug = self.mirrors.volume.plug();
         for (block, buf) in writes {
             let ended = Arc::clone(&latch);
             let end_io = Box::new(move |done: Completion| ended.end(done.error));
@@ -448,8 +255,8 @@ impl MetaFile {
             return Ok(());
         }
         self.space().flush(PageRange::ALL).map_err(io_error)?;
-        self.write_areas_and_head().map_err(block_error)?;
-        self.volume.flush_wait().map_err(block_error)
+        self.write_areas_and_heads().map_err(block_error)?;
+        self.mirrors.volume.flush_wait().map_err(block_error)
     }
 }
 
@@ -470,7 +277,13 @@ impl redb::StorageBackend for MetaStorage {
                 "read beyond the end of the metadata file",
             ));
         }
-        self.0.space().read_wait(offset, out).map_err(io_error)
+        let (header, rest) = out.split_at_mut(header_part(offset, out.len()));
+        if !header.is_empty() {
+            let at = usize::try_from(offset).expect("inside page 0");
+            self.0.state.lock().header.read(at, header);
+        }
+        let offset = offset + header.len() as u64;
+        self.0.space().read_wait(offset, rest).map_err(io_error)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
@@ -498,12 +311,26 @@ impl redb::StorageBackend for MetaStorage {
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        let (header, rest) = data.split_at(header_part(offset, data.len()));
+        if !header.is_empty() {
+            let at = usize::try_from(offset).expect("inside page 0");
+            self.0.state.lock().header.write(at, header)?;
+        }
+        if rest.is_empty() {
+            return Ok(());
+        }
         self.0
             .space()
-            .write(offset, data)
+            .write(offset + header.len() as u64, rest)
             .map_err(|(error, _)| io_error(error))?;
         Ok(())
     }
+}
+
+/// How many of `len` bytes from `offset` on lie in page 0.
+fn header_part(offset: u64, len: usize) -> usize {
+    let left = (PAGE_SIZE as u64).saturating_sub(offset);
+    usize::try_from(left).map_or(len, |left| left.min(len))
 }
 
 /// What the page cache holds; weak, because the file holds the address space.
@@ -524,11 +351,7 @@ impl Backing for MetaBacking {
                 start: page,
                 end: page + 1,
             };
-            let chunk = state
-                .chunks
-                .iter_mut()
-                .find(|chunk| page < chunk.end_page());
-            let Some(chunk) = chunk else {
+            let Some(chunk) = state.chunk_of(page) else {
                 out.segments.push(Segment {
                     pages: one,
                     kind: SegmentKind::Hole,
@@ -538,7 +361,7 @@ impl Backing for MetaBacking {
             let index = page - chunk.first_page;
             let block = chunk.payload_block(index);
             let known = chunk
-                .area(&file.volume)
+                .area(&file.mirrors)
                 .map_err(CacheError::Block)?
                 .known(index);
             let crc_index = match known {
@@ -550,8 +373,6 @@ impl Backing for MetaBacking {
                     continue;
                 }
                 Known::Lost => return Err(CacheError::Corrupt { block }),
-                // redb rewrites its header in place and checks it itself.
-                Known::Crc(_) if page == 0 => None,
                 Known::Unchecked => None,
                 Known::Crc(crc) => {
                     out.crcs.push(crc);
@@ -592,11 +413,18 @@ impl Backing for MetaBacking {
                         block,
                     });
                     // Load it here: `written` must not wait for a device.
-                    chunk.area(&file.volume).map_err(CacheError::Block)?;
+                    chunk.area(&file.mirrors).map_err(CacheError::Block)?;
                 }
             }
         }
         Ok(())
+    }
+
+    fn corrupt(&self, _space: u64, page: u64, block: VolBlock, copy: u8) {
+        let Ok(file) = self.file() else { return };
+        let what = format_args!("metadata page {page}");
+        file.mirrors.note_bad(block, copy, what);
+        file.mend_later(page);
     }
 
     fn written(
@@ -611,42 +439,13 @@ impl Backing for MetaBacking {
         };
         let mut state = file.state.lock();
         let start = placement.pages.start;
-        let chunk = state
-            .chunks
-            .iter_mut()
-            .find(|chunk| start < chunk.end_page());
-        if let Some(chunk) = chunk
+        if let Some(chunk) = state.chunk_of(start)
             && let Some(area) = chunk.area.as_mut()
         {
             let first_page = chunk.first_page;
             for (index, &crc) in (start - first_page..).zip(crcs) {
-                // redb's header is written twice in a commit and not verified by us.
-                let is_header = first_page + index == 0;
-                if !is_header || area.known(index) == Known::Nothing {
-                    area.set(index, Some(crc));
-                }
+                area.set(index, Some(crc));
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn head_round_trips_and_damage_is_noticed() {
-        let head = Head {
-            sequence: 9,
-            len_bytes: 1 << 33,
-            chunk_count: 3,
-        };
-        let mut raw = head.encode().to_vec();
-        assert_eq!(Head::decode(&raw), Some(head));
-        for at in 0..HEAD_LEN {
-            raw[at] ^= 1;
-            assert_eq!(Head::decode(&raw), None, "byte {at}");
-            raw[at] ^= 1;
         }
     }
 }

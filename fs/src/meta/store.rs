@@ -132,6 +132,9 @@ fn failed(what: &str, error: impl std::fmt::Display) -> Errno {
 /// redb's own cache, beside the page cache that it reads through.
 const REDB_CACHE_BYTES: usize = 32 << 20;
 
+/// The same of a store that only walks.
+const WALK_CACHE_BYTES: usize = 4 << 20;
+
 impl Store {
     /// Opens the store, or makes it if `backend` is empty.
     pub(crate) fn open(backend: impl redb::StorageBackend) -> Result<Self, redb::Error> {
@@ -424,6 +427,41 @@ impl Store {
         drop(state);
         drop(old);
         Ok(())
+    }
+
+    /// Has a store of its own, over what `probe` makes, read every page that the durable state
+    /// refers to. Commits wait only while it is opened; what it reads stays in place until the end.
+    pub(crate) fn walk<B: redb::StorageBackend>(
+        &self,
+        probe: impl FnOnce() -> B,
+    ) -> Result<(), redb::Error> {
+        use redb::ReadableTable;
+        let (_in_place, copy) = {
+            let db = self.db.lock();
+            let db = db.as_ref().ok_or(redb::Error::DatabaseClosed)?;
+            let in_place = db.begin_read()?;
+            let copy = Database::builder()
+                .set_cache_size(WALK_CACHE_BYTES)
+                .create_with_backend(probe())?;
+            (in_place, copy)
+        };
+        let read = copy.begin_read()?;
+        let mut result = Ok(());
+        for definition in DEFINITIONS {
+            let walked = read.open_table(definition).map_err(redb::Error::from);
+            let walked = walked.and_then(|table| {
+                for entry in table.iter()? {
+                    entry?;
+                }
+                Ok(())
+            });
+            // Damage in one table keeps nobody from reading the others.
+            result = result.and(walked);
+        }
+        for entry in read.open_table(FREE)?.iter()? {
+            entry?;
+        }
+        result
     }
 
     /// Bytes of redb's file that are in use in the durable state. Walks all tables, so it is for
