@@ -22,6 +22,10 @@ use crate::{AddressSpace, Backing, CacheStats};
 /// Flusher threads beyond this are of no use.
 const FLUSHERS_MAX: usize = 16;
 
+/// A cache that is not larger is not touched ahead: checks and tests use few of its pages, and a
+/// load has touched all of them within a fraction of a second.
+const PREFAULT_ABOVE_BYTES: u64 = 64 << 20;
+
 /// How large the cache is and when it writes back.
 #[derive(Clone, Debug)]
 pub struct CacheConfig {
@@ -105,8 +109,10 @@ impl Cache {
     fn start_threads(self: &Arc<Self>) -> io::Result<()> {
         let mut threads = self.threads.lock();
         let named = |name: &str| thread::Builder::new().name(name.into());
-        let (arena, stop) = (Arc::clone(&self.arena), Arc::clone(&self.stopped));
-        threads.push(named("prefault").spawn(move || prefault::run(&arena, &stop))?);
+        if self.config.size_bytes > PREFAULT_ABOVE_BYTES {
+            let (arena, stop) = (Arc::clone(&self.arena), Arc::clone(&self.stopped));
+            threads.push(named("prefault").spawn(move || prefault::run(&arena, &stop))?);
+        }
         let helper = Arc::clone(&self.helper);
         threads.push(named("cache-helper").spawn(move || helper.work())?);
         for _ in 0..self.config.flusher_threads.clamp(1, FLUSHERS_MAX) {

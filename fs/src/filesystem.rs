@@ -367,7 +367,17 @@ impl FileSystem {
                     log::error!("inode {ino}: its record is damaged; run 'braidfs fsck -n'");
                     Err(Errno::IO)
                 }
-                Some(Some(record)) => Ok(record),
+                Some(Some(record)) => {
+                    // It may have left memory after its group was frozen and before that group
+                    // is durable: fsync has to wait for it all the same.
+                    let unwritten = self.store.is_unwritten(Table::Inodes, &ino_key(ino));
+                    let group = if unwritten {
+                        self.committer.open_group()
+                    } else {
+                        0
+                    };
+                    Ok((record, group))
+                }
             }
         })
     }

@@ -160,17 +160,20 @@ impl InodeTable {
         &self.shards[usize::try_from(ino % SHARD_COUNT as u64).expect("below the count")]
     }
 
-    /// The inode, loaded by `load` if it is not in memory. Never two for one number.
+    /// The inode, loaded by `load` if it is not in memory, with the last group that changed it (0:
+    /// one that is durable). Never two for one number.
     pub(crate) fn get_or_load(
         &self,
         ino: Ino,
-        load: impl FnOnce() -> Result<InodeRecord, Errno>,
+        load: impl FnOnce() -> Result<(InodeRecord, u64), Errno>,
     ) -> Result<Arc<Inode>, Errno> {
         let mut shard = self.shard(ino).lock();
         if let Some(inode) = shard.get(&ino) {
             return Ok(Arc::clone(inode));
         }
-        let inode = Inode::new(load()?);
+        let (record, changed_in) = load()?;
+        let inode = Inode::new(record);
+        inode.changed_in.store(changed_in, Ordering::SeqCst);
         shard.insert(ino, Arc::clone(&inode));
         Ok(inode)
     }

@@ -366,3 +366,38 @@ fn files_replaced_by_many_threads_are_old_or_new_and_whole() {
         promised.len()
     );
 }
+
+/// An inode may leave memory when its group is frozen, and come back while that is being written.
+#[test]
+fn fsync_of_an_inode_that_came_back_waits_for_the_commit_that_holds_it() {
+    let devices = devices(2, 48 << 20);
+    format(&devices);
+    let fs = mount_with(&devices, small_cache());
+    let dir = fs.mkdir(ROOT_INO, b"dir", 0o755, &CRED).expect("mkdir").ino;
+    devices.iter().for_each(|device| device.hold(true));
+    let waits = |path: fn(&FileSystem, u64)| {
+        let (fs, (sender, receiver)) = (Arc::clone(&fs), sync_channel(1));
+        std::thread::spawn(move || {
+            path(&fs, dir);
+            sender.send(()).expect("the test waits");
+        });
+        receiver
+    };
+    let synced = waits(|fs, _| fs.sync().expect("sync"));
+    // What a commit writes comes after the freeze.
+    while devices.iter().all(|device| device.held().is_empty()) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    fs.forget(dir, 1);
+    let fsynced = waits(|fs, dir| fs.fsync_dir(dir).expect("fsync"));
+    let early = fsynced.recv_timeout(Duration::from_millis(200));
+    assert!(early.is_err(), "fsync returned before the commit had ended");
+    devices.iter().for_each(|device| device.hold(false));
+    for ended in [synced, fsynced] {
+        while ended.recv_timeout(Duration::from_millis(1)).is_err() {
+            devices.iter().for_each(|device| device.release_all());
+        }
+    }
+    fs.unmount().expect("unmount");
+    assert_eq!(names(&mount(&devices), ROOT_INO), ["dir"]);
+}

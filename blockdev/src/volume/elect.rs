@@ -16,6 +16,7 @@ use crate::label::{
 };
 use crate::pages::AlignedBuf;
 use crate::table::{Table, TableError};
+use crate::units::PAGE_SIZE;
 
 /// What was read from one device: its label copies, and tables only as far as asked.
 struct Member {
@@ -85,18 +86,19 @@ pub(super) fn read_labels(devices: &Devices) -> Vec<[Result<Label, LabelError>; 
     devices.iter().map(|_| [decode(0), decode(1)]).collect()
 }
 
-/// The table of `generation` on each of `devices`.
+/// The table of `generation` on each of `devices`. Few are longer than a block: the place of a table
+/// is read as a whole only where its first block is not all of it, or is damaged.
 pub(super) fn read_tables(
     devices: &Devices,
     fs_uuid: &[u8; 16],
     generation: u64,
     sizes: &[u64],
 ) -> Vec<Result<(Table, u32), TableError>> {
-    let job = |dev: usize| Job {
+    let job = |dev: usize, len: usize| Job {
         dev,
         op: Op::Read,
         offset: TABLE_OFFSETS[slot_of(generation)],
-        buf: Some(AlignedBuf::zeroed(TABLE_LEN_MAX)),
+        buf: Some(AlignedBuf::zeroed(len)),
     };
     let decode = |result: Result<Option<AlignedBuf>, BlockError>| match result {
         Ok(Some(bytes)) => {
@@ -109,10 +111,18 @@ pub(super) fn read_tables(
         Ok(None) => Err(TableError::Io(libc::EIO)),
         Err(error) => Err(TableError::Io(error.errno())),
     };
-    run(devices, (0..devices.len()).map(job).collect())
-        .into_iter()
-        .map(decode)
-        .collect()
+    let read = |which: &[usize], len: usize| {
+        let jobs = which.iter().map(|&dev| job(dev, len)).collect();
+        run(devices, jobs).into_iter().map(decode)
+    };
+    let all: Vec<usize> = (0..devices.len()).collect();
+    let mut tables: Vec<_> = read(&all, PAGE_SIZE).collect();
+    let is_cut = |dev: &usize| matches!(tables[*dev], Err(TableError::Checksum));
+    let cut: Vec<usize> = all.into_iter().filter(is_cut).collect();
+    for (dev, table) in cut.iter().zip(read(&cut, TABLE_LEN_MAX)) {
+        tables[*dev] = table;
+    }
+    tables
 }
 
 /// Reads labels and tables, checks membership, and elects the generation in force. Writes nothing.

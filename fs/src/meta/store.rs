@@ -225,6 +225,14 @@ impl Store {
         Ok(use_value(found.as_ref().map(|guard| guard.value())))
     }
 
+    /// Whether a group that is not durable yet changed `key`.
+    pub(crate) fn is_unwritten(&self, table: Table, key: &[u8]) -> bool {
+        let state = self.state.read();
+        let groups = [Some(&state.open), state.committing.as_deref()];
+        let mut groups = groups.into_iter().flatten();
+        groups.any(|group| group.changes[table as usize].contains_key(key))
+    }
+
     /// Sets `key` to `value` in the open group.
     pub(crate) fn put(&self, table: Table, key: &[u8], value: &[u8]) {
         self.state
