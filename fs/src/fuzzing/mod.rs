@@ -45,13 +45,15 @@ fn tolerating_redb(work: impl FnOnce()) {
 }
 
 /// From now on only panics that are not redb's own, or not allowed, reach the former hook.
-pub fn watch_panics() {
+fn watch_panics() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let former = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
             let file = info.location().map_or("", |place| place.file());
-            if !(REDB_MAY_PANIC.load(Ordering::SeqCst) && file.contains("/redb-")) {
+            if REDB_MAY_PANIC.load(Ordering::SeqCst) && file.contains("/redb-") {
+                log::debug!("{info}");
+            } else {
                 former(info);
             }
         }));
@@ -97,10 +99,25 @@ pub const TARGETS: [Target; 5] = [
     ("requests", fuzz_requests),
 ];
 
+/// Tells a target's program to write its seeds into a folder and to end.
+const SEEDS_KEY: &str = "BRAIDFS_FUZZ_SEEDS";
+
+/// What a target's program does first.
+pub fn begin(target: &str) {
+    watch_panics();
+    let Some(dir) = std::env::var_os(SEEDS_KEY) else {
+        return;
+    };
+    let dir = std::path::PathBuf::from(dir);
+    for (name, bytes) in seeds(target) {
+        std::fs::write(dir.join(name), bytes).expect("write a seed");
+    }
+    std::process::exit(0);
+}
+
 /// Runs a target on an input; `None` if there is no such target.
 pub fn run(target: &str, input: &[u8]) -> Option<()> {
     let found = TARGETS.iter().find(|found| found.0 == target)?;
-    watch_panics();
     (found.1)(input);
     Some(())
 }

@@ -3,12 +3,15 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
+use std::time::Duration;
 
 use braidfs_blockdev::SimDevice;
 
 use crate::{
     Cred, Errno, FileSystem, Ino, MountOptions, OpenFile, ROOT_INO, SetAttr, WriteFlags, fsck,
 };
+
+use crate::scrub::ScrubOptions;
 
 use super::volume::assemble;
 
@@ -27,6 +30,7 @@ const ENTRIES_MAX: usize = 100;
 /// Places that are read in one file.
 const PLACES_MAX: usize = 20;
 const READ_BYTES: usize = 64 << 10;
+const SCRUB_TIME_MAX: Duration = Duration::from_secs(50);
 
 pub(crate) fn options(read_only: bool) -> MountOptions {
     MountOptions {
@@ -174,6 +178,12 @@ pub(super) fn try_everything(devices: &[Arc<SimDevice>]) {
         && let Ok(fs) = FileSystem::mount(volume, options(false))
     {
         let entries = look(&fs);
+        if fs.scrub_start(ScrubOptions::default()).is_ok() {
+            assert!(
+                fs.scrub_wait(SCRUB_TIME_MAX),
+                "a small volume takes a scrub so long"
+            );
+        }
         work(&fs, &entries);
         let _end = fs.unmount();
     }
