@@ -22,6 +22,8 @@ mod filesystem;
 mod flags;
 pub mod fsck;
 pub mod fuse;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod inode;
 mod latch;
 mod listing;

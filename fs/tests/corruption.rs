@@ -3,8 +3,9 @@
 //!
 //! A reader gets the right bytes, EIO, or no mount at all with a reason; never wrong bytes, a
 //! missing name, a panic or a hang. With one of two copies damaged it gets everything; a writable
-//! mount then mends that copy, so that the other one may go. With all copies damaged, what is lost
-//! is not hidden: `fsck -n` does not call such a volume sound.
+//! mount, or a scrub, then mends that copy, so that the other one may go. With all copies damaged,
+//! what is lost is not hidden: `fsck -n` does not call such metadata sound, and a scrub names the
+//! place of such data.
 //!
 //! By default a sample of each region; `CORRUPTION=all` takes every place, `CORRUPTION=n` so many
 //! of each region. `SEED=n` repeats a sample.
@@ -17,9 +18,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use braidfs::scrub::{ScrubError, ScrubOptions};
 use braidfs::{Errno, FileSystem, MountOptions, ROOT_INO};
 use braidfs_blockdev::device::sim::{SimImage, SimPower};
-use braidfs_blockdev::label::{LABEL_LEN, LABEL_OFFSETS, TABLE_OFFSETS};
+use braidfs_blockdev::label::{LABEL_LEN, LABEL_OFFSETS, TABLE_LEN_MAX, TABLE_OFFSETS};
 use braidfs_blockdev::{BlockDevice, Chunk, ChunkKind, SimDevice, Volume};
 use common::rng::Rng;
 use common::watchdog::Watchdog;
@@ -51,19 +53,10 @@ enum Region {
 }
 
 impl Region {
-    /// Whether each copy can be verified by itself, so that one may be damaged.
-    fn is_sealed(self) -> bool {
-        self != Region::Header
-    }
-
-    /// Whether a writable mount that comes across the damage of one copy mends it.
+    /// Whether a writable mount that comes across the damage of one copy mends it. (Where nobody
+    /// reads, in pages that no table is in any more, only a scrub comes across it.)
     fn heals(self) -> bool {
-        matches!(self, Region::Label | Region::Table)
-    }
-
-    /// Whether fsck reads it.
-    fn is_checked(self) -> bool {
-        self != Region::Data
+        !matches!(self, Region::Metadata | Region::Data)
     }
 }
 
@@ -406,25 +399,67 @@ fn flip(devices: &[Arc<SimDevice>], copy: (usize, u64), bit: u8) {
     devices[copy.0].flip_bit(copy.1, bit);
 }
 
-/// One copy of several is damaged: nothing is lost, and a writable mount mends it.
+/// Scrubs a volume that can be mounted; what was found.
+fn scrub(devices: &[Arc<SimDevice>]) -> Vec<ScrubError> {
+    let volume = assemble(devices, false).expect("assemble");
+    let fs = FileSystem::mount(volume, small(false)).expect("mount");
+    fs.scrub_start(ScrubOptions::default())
+        .expect("start a scrub");
+    assert!(
+        fs.scrub_wait(Duration::from_secs(60)),
+        "the scrub has not ended"
+    );
+    let status = fs.scrub_status();
+    assert_eq!(status.failure, None);
+    fs.unmount().expect("unmount");
+    status.errors
+}
+
+/// Whether an error names the place: the device, and the block or table that it lies in.
+fn names(error: &ScrubError, region: Region, copy: (usize, u64)) -> bool {
+    let reach = if region == Region::Table {
+        TABLE_LEN_MAX as u64
+    } else {
+        BLOCK
+    };
+    let near = (error.offset_bytes..error.offset_bytes + reach).contains(&copy.1);
+    error.device == format!("sim{}", copy.0) && near
+}
+
+/// One copy of several is damaged: nothing is lost; a writable mount mends what it comes across,
+/// and a scrub mends the rest.
 fn one_copy(bed: &Bed, place: &Place, nth: usize, bit: u8) {
     let devices = devices_of(&bed.images);
     let damaged = place.copies[nth];
+    let others = || place.copies.iter().filter(|copy| **copy != damaged);
     flip(&devices, damaged, bit);
     let outcome = try_mount(bed, &devices, true);
     assert!(outcome.is_whole(), "read-only: {outcome:?}");
+    let again = devices_of(&bed.images);
+    flip(&again, damaged, bit);
     let outcome = try_mount(bed, &devices, false);
     assert!(outcome.is_whole(), "writable: {outcome:?}");
     assert_eq!(complaint(&devices), None, "after a writable mount");
     if place.region.heals() {
-        let others = place.copies.iter().filter(|copy| **copy != damaged);
-        others.for_each(|copy| flip(&devices, *copy, bit));
+        others().for_each(|copy| flip(&devices, *copy, bit));
         let outcome = try_mount(bed, &devices, true);
         assert!(
             outcome.is_whole(),
             "not mended, so not without the other copy: {outcome:?}"
         );
     }
+    let found = scrub(&again);
+    let named = found
+        .iter()
+        .all(|error| error.repaired && names(error, place.region, damaged));
+    assert!(named, "{found:#?}");
+    assert_eq!(scrub(&again), [], "a second scrub");
+    others().for_each(|copy| flip(&again, *copy, bit));
+    let outcome = try_mount(bed, &again, true);
+    assert!(
+        outcome.is_whole(),
+        "not mended by a scrub: {outcome:?}; it found {found:#?}"
+    );
 }
 
 /// All copies are damaged: what is lost is not hidden.
@@ -441,7 +476,19 @@ fn all_copies(bed: &Bed, place: &Place, bit: u8) {
             assert!(why.contains(&format!("sim{}", place.copies[0].0)), "{why}");
         }
     }
-    if place.region.is_checked() {
+    if place.region == Region::Data {
+        let found = scrub(&devices);
+        let mut named = found
+            .iter()
+            .filter(|error| names(error, place.region, place.copies[0]));
+        let is_named = named.any(|error| !error.repaired && !error.paths.is_empty());
+        assert_eq!(
+            outcome.is_whole(),
+            found.is_empty(),
+            "{outcome:?} {found:#?}"
+        );
+        assert!(is_named || found.is_empty(), "{found:#?}");
+    } else {
         let said = complaint(&devices);
         assert!(
             outcome.is_whole() || said.is_some(),
@@ -513,7 +560,7 @@ fn no_damage_goes_unnoticed_or_gives_wrong_bytes() {
                     } else {
                         copy..copy + 1
                     };
-                    if copies > 1 && place.region.is_sealed() {
+                    if copies > 1 {
                         each.for_each(|copy| one_copy(&bed, place, copy, bit));
                     }
                     all_copies(&bed, place, bit);

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use braidfs::fsck::raw::{self, Record};
 use braidfs::fsck::{Class, Mode};
 use braidfs::{Ino, ROOT_INO};
+use braidfs_blockdev::device::sim::{SimHistory, SimLoss, SimReplay};
 use braidfs_blockdev::{ChunkKind, SimDevice, Volume};
 use common::damage::*;
 use common::rng::Rng;

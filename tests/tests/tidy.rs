@@ -333,6 +333,7 @@ fn io_uring_stays_in_its_corner() {
 fn scripts_stop_at_errors_and_explain_themselves() {
     for name in [
         "scripts/campaign",
+        "scripts/fuzz",
         "scripts/mutants",
         "scripts/quickstart",
         "scripts/test",

@@ -143,107 +143,10 @@ impl Request<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::{AsRawFd, OwnedFd};
-    use std::time::Duration;
-
-    use braidfs_blockdev::{BlockDevice, FormatOptions, SimDevice, Volume};
-    use nix::sys::socket::{
-        AddressFamily, MsgFlags, SockFlag, SockType, recv, setsockopt, socketpair, sockopt,
-    };
     use proptest::prelude::*;
 
-    use super::super::handles::Handles;
-    use super::super::interrupt::Unanswered;
-    use super::super::protocol::{IN_HEADER, Out};
-    use super::super::stats::FuseStats;
-    use super::super::{CacheMode, FuseOptions};
-    use super::*;
-    use crate::{FileSystem, MountOptions};
-
-    /// A front end on a file system in memory, with the kernel's end of its channel.
-    struct Bench {
-        shared: Arc<Shared>,
-        blocking: Blocking,
-        kernel: OwnedFd,
-    }
-
-    impl Bench {
-        fn new() -> Self {
-            let devices: Vec<_> = (0..2)
-                .map(|n| SimDevice::new(&format!("sim{n}"), 64 << 20))
-                .collect();
-            let members = || {
-                let share = |device: &Arc<SimDevice>| Arc::clone(device) as Arc<dyn BlockDevice>;
-                devices.iter().map(share).collect::<Vec<_>>()
-            };
-            let volume = Volume::format(members(), &FormatOptions::default()).unwrap();
-            crate::format(volume).unwrap();
-            let volume = Volume::assemble(members(), false).unwrap();
-            let options = MountOptions {
-                cache_bytes: 32 << 20,
-                ..MountOptions::default()
-            };
-            let fs = FileSystem::mount(volume, options).unwrap();
-            let (kernel, ours) = socketpair(
-                AddressFamily::Unix,
-                SockType::SeqPacket,
-                None,
-                SockFlag::SOCK_CLOEXEC,
-            )
-            .unwrap();
-            let patience = nix::sys::time::TimeVal::new(60, 0);
-            setsockopt(&kernel, sockopt::ReceiveTimeout, &patience).unwrap();
-            setsockopt(&ours, sockopt::SndBuf, &(4 << 20)).unwrap();
-            let shared = Arc::new(Shared {
-                fs,
-                handles: Handles::default(),
-                unanswered: Unanswered::default(),
-                stats: FuseStats::new(),
-                options: FuseOptions {
-                    cache_mode: CacheMode::Direct,
-                    threads: 1,
-                    timeout: Duration::from_secs(1),
-                },
-                channel: Arc::new(Channel::new(ours)),
-                only: None,
-            });
-            Self {
-                shared,
-                blocking: Blocking::default(),
-                kernel,
-            }
-        }
-
-        /// Sends a request; returns the errno of its answer, 0 for success.
-        fn ask(&self, opcode: u32, nodeid: u64, args: &[u8]) -> i32 {
-            let len = u32::try_from(IN_HEADER + args.len()).unwrap();
-            let unique = 77;
-            let header = Out::default().u32(len).u32(opcode).u64(unique).u64(nodeid);
-            let mut request = header.zeros(16).as_slice().to_vec();
-            request.extend_from_slice(args);
-            let channel = &self.shared.channel;
-            dispatch(&self.shared, &self.blocking, channel, &request);
-            let unanswered = [Opcode::Forget, Opcode::BatchForget, Opcode::Interrupt];
-            if Opcode::from_wire(opcode).is_some_and(|opcode| unanswered.contains(&opcode)) {
-                return 0;
-            }
-            loop {
-                let mut answer = vec![0; 2 << 20];
-                let flags = MsgFlags::empty();
-                let len = recv(self.kernel.as_raw_fd(), &mut answer, flags).expect("an answer");
-                let field = |at: usize| {
-                    let bytes = answer[at..at + 4].iter().rev();
-                    bytes.fold(0_u32, |word, &byte| word << 8 | u32::from(byte))
-                };
-                assert_eq!(field(0) as usize, len, "the length of the answer");
-                if field(8) == 0 {
-                    continue; // a notification
-                }
-                assert_eq!(u64::from(field(8)), unique);
-                return -field(4).cast_signed();
-            }
-        }
-    }
+    use super::super::bench::Bench;
+    use super::super::protocol::Out;
 
     /// Numbers as they come in requests: handles, inodes, flags, offsets, lengths.
     fn number() -> impl Strategy<Value = u64> {

@@ -16,6 +16,7 @@
 //! | `mounts.rs` | what /proc/self/mountinfo says |
 //! | `session.rs` | from a mounted core to a served mount point |
 //! | `stats.rs` | what is counted |
+//! | `bench.rs`, `fuzzing.rs` | for tests: a front end without a kernel, and a mad kernel |
 //!
 //! The transport is our own, because no library knows all requests that Linux sends (TMPFILE,
 //! STATX, the longer SETXATTR), and because pages go out as they lie.
@@ -26,11 +27,15 @@
 
 mod attach;
 mod attr;
+#[cfg(any(test, feature = "fuzzing"))]
+mod bench;
 mod blocking;
 mod channel;
 mod dir;
 mod dispatch;
 mod files;
+#[cfg(any(test, feature = "fuzzing"))]
+mod fuzzing;
 mod handles;
 mod init;
 mod interrupt;
@@ -50,6 +55,8 @@ use log::debug;
 use serde_json::{Value, json};
 
 pub use attach::{AttachError, MountSpec, Unmount, abort_connection, unmount, unmount_if_ours};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use fuzzing::{requests as fuzz_requests, seeds as fuzz_request_seeds};
 pub use init::InitError;
 pub use nix::mount::MsFlags;
 pub use session::{MountHandle, Mounted, mount};
