@@ -147,8 +147,8 @@ impl Run {
         world.check_tree();
     }
 
-    /// Fills the volume for some steps: with data, with metadata, or with both. What fills it has no
-    /// name, and the model does not know it.
+    /// Fills the volume for some steps: with data, with metadata, or with both. What fills it has
+    /// no name, and the model does not know it.
     fn fill(&mut self, nth: u64) {
         const STEPS: u64 = 40;
         if self.filler.is_some() {

@@ -50,6 +50,12 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
+        // Write protection would outlast the device's file.
+        Cmd::new("blockdev")
+            .arg("--setrw")
+            .arg(&self.path)
+            .quiet()
+            .run();
         Cmd::new("losetup").arg("--detach").arg(&self.path).run();
     }
 }

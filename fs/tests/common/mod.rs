@@ -148,6 +148,32 @@ pub fn fill_with_data(fs: &FileSystem, dir: Ino) -> Vec<Arc<OpenFile>> {
     files
 }
 
+/// Fills metadata with names that have attributes of so many bytes.
+pub fn fill_with_names(fs: &FileSystem, dir: Ino, salt: usize, len: usize) {
+    let value = vec![7; len];
+    let (mut refused, mut count) = (0, 0);
+    while refused < 3 {
+        let name = format!("{salt}-{len}-{count}");
+        let flags = libc::O_RDWR | libc::O_CREAT;
+        let made = fs.create(dir, name.as_bytes(), 0o644, flags, &CRED);
+        let made = made.and_then(|(attr, file)| {
+            fs.release(&file);
+            let set = match len {
+                0 => Ok(()),
+                _ => fs.setxattr(attr.ino, b"user.filler", &value, 0, false),
+            };
+            fs.forget(attr.ino, 1);
+            set
+        });
+        count += 1;
+        if let Err(error) = made {
+            assert_eq!(error, Errno::NOSPC, "file {count} with {len} bytes");
+            refused += 1;
+            fs.sync().unwrap();
+        }
+    }
+}
+
 /// Waits until files get another time than before: the clock that stamps them has a step of one
 /// tick of the kernel, 10 ms at the most.
 pub fn next_tick() {
