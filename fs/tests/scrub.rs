@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use braidfs::scrub::{ScrubOptions, ScrubState, ScrubStatus};
 use braidfs::{FileSystem, MountOptions, ROOT_INO};
-use braidfs_blockdev::device::sim::{SimHistory, SimLoss, SimPower, SimReplay};
+use braidfs_blockdev::device::sim::{SimHistory, SimLoss, SimPower, SimRecord, SimReplay};
 use braidfs_blockdev::{BlockDevice, ChunkKind, Op, SimDevice, VolBlock, Volume};
 use common::*;
 
@@ -375,32 +375,33 @@ fn a_scrub_beside_writers_finds_nothing() {
 fn pausing_keeps_the_place_across_a_remount() {
     let (devices, fs) = filled(2);
     let whole = scrub(&fs).summary.data_bytes;
+    // So slow that it waits for half a second after the first 4 MiB of data.
     let slow = ScrubOptions {
-        rate_bytes: Some(1 << 30),
+        rate_bytes: Some(8 << 20),
         ..ScrubOptions::default()
     };
     fs.scrub_start(slow).unwrap();
     assert!(fs.scrub_start(slow).is_err(), "one at a time");
-    // The rate is for what is under way: wait for the data, then hold it by an order.
     let until = Instant::now() + PATIENCE;
-    while fs.scrub_summary().data_bytes == 0 && fs.scrub_summary().state == ScrubState::Running {
-        assert!(Instant::now() < until);
+    while fs.scrub_summary().data_bytes == 0 {
+        assert!(Instant::now() < until, "{:?}", fs.scrub_status());
         std::thread::yield_now();
     }
-    let paused = fs.scrub_pause().is_ok();
+    fs.scrub_pause().unwrap();
     let at_pause = fs.scrub_summary();
+    assert_eq!(at_pause.state, ScrubState::Paused);
+    assert!(at_pause.data_bytes < whole);
     let fs = remount(&devices, fs);
-    if paused && at_pause.state == ScrubState::Paused {
-        assert_eq!(fs.scrub_summary().state, ScrubState::Paused);
-        let resume = ScrubOptions {
-            resume: true,
-            ..ScrubOptions::default()
-        };
-        let status = scrub_with(&fs, resume);
-        assert_eq!(status.summary.data_bytes, whole);
-        assert_eq!(status.summary.started_unix, at_pause.started_unix);
-        assert_eq!(counts(&status), (0, 0, 0));
-    }
+    assert_eq!(fs.scrub_summary().state, ScrubState::Paused);
+    let fast = ScrubOptions {
+        resume: true,
+        rate_bytes: Some(1 << 40),
+        ..ScrubOptions::default()
+    };
+    let status = scrub_with(&fs, fast);
+    assert_eq!(status.summary.data_bytes, whole);
+    assert_eq!(status.summary.started_unix, at_pause.started_unix);
+    assert_eq!(counts(&status), (0, 0, 0));
     let resume = ScrubOptions {
         resume: true,
         ..ScrubOptions::default()
@@ -502,6 +503,7 @@ fn power_cuts_between_the_copies_of_the_header_never_bring_an_older_root_back() 
     devices[places[0].0].poke(places[0].1, &old);
     drop(fs);
     for read_only in [true, false] {
+        devices.iter().for_each(|device| device.clear_log());
         let fs = mount_with(
             &devices,
             MountOptions {
@@ -511,6 +513,20 @@ fn power_cuts_between_the_copies_of_the_header_never_bring_an_older_root_back() 
         );
         assert!(fs.lookup(ROOT_INO, b"third").is_ok());
         assert_eq!(fs.stats().metadata.bad_copies, 0, "nothing is damaged");
+        let is_chunks = |record: &&SimRecord| record.offset >= 1 << 20 || record.op == Op::Flush;
+        let log = devices[places[0].0].log();
+        let mut log = log
+            .iter()
+            .filter(is_chunks)
+            .skip_while(|record| record.op != Op::Write);
+        let first = log.next().map(|record| (record.offset, record.len));
+        let wanted = (places[0].1, PAGE as u64);
+        assert_eq!(
+            first,
+            (!read_only).then_some(wanted),
+            "the older copy is the first write"
+        );
+        assert!(read_only || log.next().is_some_and(|record| record.op == Op::Flush));
         let copies = places.map(|place| block_at(&devices, place));
         assert_eq!(
             copies[0] == copies[1],
@@ -557,9 +573,15 @@ fn fixed_blocks_that_are_lost_are_named_and_heads_are_bounded() {
         error.contains("header") && error.contains("sim0 at byte"),
         "{error}"
     );
-    // Of the head slots, the older one is not needed, and is written again.
+    // Of the head slots, the newer one is needed.
     let sequence = |place| u64::from_le_bytes(block_at(&devices, place)[8..16].try_into().unwrap());
     let newer = usize::from(sequence(slots[1][0]) > sequence(slots[0][0]));
+    let error = mount_error(&spoil(&slots[newer]), true);
+    assert!(
+        error.contains("head") && error.contains("damaged in all"),
+        "{error}"
+    );
+    // The older one is not, and is written again.
     let devices = spoil(&slots[1 - newer]);
     let fs = mount(&devices);
     assert_eq!(fs.stats().metadata.lost_blocks, 1);

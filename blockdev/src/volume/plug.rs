@@ -74,8 +74,8 @@ impl<'a> Plug<'a> {
         self.add(Op::Write, at, kiobuf, None, lane);
     }
 
-    /// Writes the kiobuf to one copy of mirrored blocks, to mend it; the caller knows that the other
-    /// one has the same content, and that nobody else writes these blocks meanwhile.
+    /// Writes the kiobuf to one copy of mirrored blocks, to mend it; the caller knows that the
+    /// other one has the same content, and that nobody else writes these blocks meanwhile.
     pub fn write_copy(&mut self, at: VolBlock, kiobuf: Kiobuf, copy: u8, class: Class) {
         let lane = if class == Class::Sync { 1 } else { 2 };
         self.add(Op::Write, at, kiobuf, Some(copy), lane);

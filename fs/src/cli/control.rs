@@ -8,7 +8,8 @@
 //! | `stats` | one line of JSON |
 //! | `writable` | `ok` or `error TEXT`: a file system that was mounted read-only goes on writing |
 //! | `scrub status` | one line of JSON |
-//! | `scrub start MODE RATE`, `scrub resume MODE RATE` | `ok` or `error TEXT`; MODE is `repair` or `look`, RATE bytes per second or `-` |
+//! | `scrub start MODE RATE` | `ok` or `error TEXT`; MODE: `repair`, `look`; RATE: bytes/s or `-` |
+//! | `scrub resume MODE RATE` | the same, of one that was paused |
 //! | `scrub pause`, `scrub cancel` | `ok` or `error TEXT` |
 //! | `wait` | `waiting` at once; `ok` or `error TEXT` when the daemon has ended after an unmount |
 //!

@@ -82,8 +82,8 @@ fn scrub_of_mount(entry: &MountEntry) -> Option<Value> {
     serde_json::from_str(&line).ok()
 }
 
-/// How the space is divided, and the last scrub, where nobody uses the devices: the lock is held for
-/// a moment only, and is shared. Metadata is only looked into after a clean end.
+/// How the space is divided, and the last scrub, where nobody uses the devices: the lock is held
+/// for a moment only, and is shared. Metadata is only looked into after a clean end.
 fn inside(members: &[Member]) -> (Option<VolumeInfo>, Option<Value>) {
     let Some(volume) = assemble(members) else {
         return (None, None);

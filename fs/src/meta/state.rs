@@ -229,7 +229,8 @@ fn load_fixed(first: &MetaChunk, mirrors: &Mirrors) -> io::Result<(Head, Header)
     let slots = [0, 1].map(|slot| choose_head(slot, blocks[slot], &raws[slot], mirrors));
     let best = slots.into_iter().flatten().max_by_key(|head| head.sequence);
     let best = best.filter(|head| head.sequence > 0).ok_or_else(|| {
-        invalid("there is no valid metadata head: it is damaged in all copies, or formatting did not come to its end".into())
+        let why = "it is damaged in all copies, or formatting did not come to its end";
+        invalid(format!("there is no valid metadata head: {why}"))
     })?;
     let lost = slots.iter().position(Option::is_none);
     if let Some(slot) = lost

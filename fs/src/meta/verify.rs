@@ -1,7 +1,8 @@
 //! Verifying the copies of metadata where they lie, past the cache, and mending bad ones.
 //!
-//! Writeback of the file is held off while its pages are compared with their checksums, and `state`
-//! while the blocks are that a sync writes (head, header, checksums). Each hold is for a few blocks.
+//! Writeback of the file is held off while its pages are compared with their checksums, and
+//! `state` while the blocks are that a sync writes (head, header, checksums). Each hold is for a
+//! few blocks.
 //!
 //! After a power cut, pages that the durable state does not refer to may not match the checksums,
 //! or differ from copy to copy: nothing is wrong with that. So a page that does not match is bad
@@ -357,8 +358,8 @@ fn fixed_image(state: &State, slot: usize, copies: &Copies) -> Option<Vec<u8>> {
     newest.map(|(_, raw)| raw.to_vec())
 }
 
-/// A store of its own over the file as it is durable: what it writes stays in memory. It notes which
-/// of the pages it was asked about are read.
+/// A store of its own over the file as it is durable: what it writes stays in memory. It notes
+/// which of the pages it was asked about are read.
 #[derive(Debug)]
 pub(crate) struct Probe {
     file: MetaStorage,
