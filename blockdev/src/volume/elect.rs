@@ -86,8 +86,8 @@ pub(super) fn read_labels(devices: &Devices) -> Vec<[Result<Label, LabelError>; 
     devices.iter().map(|_| [decode(0), decode(1)]).collect()
 }
 
-/// The table of `generation` on each of `devices`. Few are longer than a block: the place of a table
-/// is read as a whole only where its first block is not all of it, or is damaged.
+/// The table of `generation` on each of `devices`. Few are longer than a block: the place of a
+/// table is read as a whole only where its first block is not all of it, or is damaged.
 pub(super) fn read_tables(
     devices: &Devices,
     fs_uuid: &[u8; 16],

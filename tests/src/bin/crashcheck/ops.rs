@@ -57,8 +57,8 @@ pub struct Op {
     pub steps: &'static [Step],
 }
 
-/// Makes the first tree. `a`: three pages, 100 bytes and an attribute; `b`, also `d/h`: two pages and an
-/// attribute; `d/x`: one page; `e/s`: an empty directory; `l`: a symbolic link; `p`: set aside.
+/// Makes the first tree. `a`: three pages, 100 bytes, an attribute; `b`, also `d/h`: two pages and
+/// an attribute; `d/x`: one page; `e/s`: an empty directory; `l`: a symbolic link; `p`: set aside.
 pub const FIRST: &[Step] = &[
     Create("a"),
     Write("a", 0, 12_388),
