@@ -526,7 +526,8 @@ fn is_data(fs: &FileSystem, (device, _, offset): Position) -> bool {
 
 fn position_table() -> String {
     let mut text = String::from(
-        "| write | failed | first fsync | page then | second fsync, healed | umount | after the next mount |\n\
+        "| write | failed | first fsync | page then | second fsync, healed | umount | \
+         after the next mount |\n\
          | --- | --- | --- | --- | --- | --- | --- |\n",
     );
     Small::new("overwrite of the middle page of three", 3, 1).rows(&mut text);

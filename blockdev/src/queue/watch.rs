@@ -4,7 +4,7 @@
 //! memory stays with the device ([`crate::request::Flight`]), and the request no longer counts
 //! against the depth of the queue. If the device has answered nothing for half of that time, it is
 //! *silent*: whatever waits for it, and whatever comes, fails at once, and reads of mirrored blocks
-//! go to the other copy. One small read probes it meanwhile. Any answer, to the probe or to a
+//! go to the other copy. Small reads probe it meanwhile. Any answer, to the probe or to a
 //! request that was given up, ends the silence.
 //!
 //! One thread per volume looks a few times per timeout; nothing is set up per request but the
@@ -29,6 +29,8 @@ use std::time::{Duration, Instant};
 const LOOKS: u32 = 8;
 const LOOK_MIN: Duration = Duration::from_millis(5);
 const LOOK_MAX: Duration = Duration::from_secs(1);
+/// Probes that a device may have at once.
+const PROBES_MAX: u32 = 6;
 
 /// One place of the table.
 struct Slot {
@@ -48,7 +50,9 @@ pub(super) struct InFlight {
     /// When the device last ended anything.
     last_answer: Instant,
     silent_since: Option<Instant>,
-    probing: bool,
+    /// Probes that the device has, and when the last one was sent.
+    probes: u32,
+    probed: Option<Instant>,
 }
 
 impl Default for InFlight {
@@ -59,7 +63,8 @@ impl Default for InFlight {
             given_up: 0,
             last_answer: Instant::now(),
             silent_since: None,
-            probing: false,
+            probes: 0,
+            probed: None,
         }
     }
 }
@@ -98,6 +103,21 @@ impl InFlight {
         let given_up = std::mem::take(&mut slot.given_up);
         self.given_up -= usize::from(given_up);
         given_up
+    }
+
+    /// Whether to send a probe now. One that got lost is followed by another, after a pause that
+    /// doubles.
+    fn wants_probe(&mut self, now: Instant, timeout: Duration) -> bool {
+        let pause = timeout * (1 << self.probes.min(PROBES_MAX));
+        let is_due = |probed: Instant| now.duration_since(probed) >= pause;
+        let wanted = self.silent_since.is_some()
+            && self.probes < PROBES_MAX
+            && (self.probes == 0 || self.probed.is_none_or(is_due));
+        if wanted {
+            self.probes += 1;
+            self.probed = Some(now);
+        }
+        wanted
     }
 
     pub(super) fn unanswered(&self) -> usize {
@@ -177,8 +197,7 @@ impl DeviceQueue {
             flights.silent_since = Some(now);
             self.silent.store(true, Ordering::Release);
         }
-        let probe = flights.silent_since.is_some() && !flights.probing;
-        flights.probing |= probe;
+        let probe = flights.wants_probe(now, timeout);
         drop(inner);
         if turns_silent {
             log::error!(
@@ -229,7 +248,7 @@ impl RequestOwner for Probe {
         drop(parts);
         if let Some(queue) = self.0.upgrade() {
             let mut inner = queue.inner.lock();
-            inner.flights.probing = false;
+            inner.flights.probes = inner.flights.probes.saturating_sub(1);
             queue.answered(inner, Instant::now());
         }
     }

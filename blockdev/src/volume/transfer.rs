@@ -86,8 +86,8 @@ pub(super) fn run(
         };
         devices[job.dev].submit(request);
     }
-    // Requests go to a device at the same time here, so one time to answer is for all of them. Those
-    // that it does not answer keep their memory until it does.
+    // Requests go to a device at the same time here, so one time to answer is for all of them.
+    // Those that it does not answer keep their memory until it does.
     let deadline = Instant::now() + patience(answer_time_of_all(devices), 1);
     for _ in 0..count {
         let left = deadline.saturating_duration_since(Instant::now());

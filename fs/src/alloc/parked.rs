@@ -1,8 +1,9 @@
 //! Blocks that nothing owns and that are kept back all the same.
 //!
 //! A block is *in doubt* while a device that did not answer may still write it (or discard it):
-//! whoever got it would lose what he writes. When such a block becomes free it is *held*, and counts
-//! as used until the device is done. While it is set aside for a page, it is not written in place.
+//! whoever got it would lose what he writes. When such a block becomes free it is *held*, and
+//! counts as used until the device is done. While it is set aside for a page, it is not written in
+//! place.
 //!
 //! A block is *suspect* when the last write to it failed. It counts as free, and is handed out when
 //! nothing else is left, so that a write that is tried again goes elsewhere.

@@ -1,8 +1,8 @@
 //! Processes that are killed while they wait for us, and threads that all wait.
 //!
 //! The kernel lets a killed process go only when the request that it waits for has been answered.
-//! It tells us of every signal (INTERRUPT). Signals that a process survives do not end its calls, as
-//! on any disk file system; so the process is looked up, again and again while its request is
+//! It tells us of every signal (INTERRUPT). Signals that a process survives do not end its calls,
+//! as on any disk file system; so the process is looked up, again and again while its request is
 //! unanswered, and when it has been killed, the request is answered in its place. The request goes
 //! on; who comes to answer it later finds that nobody waits any more.
 //!
