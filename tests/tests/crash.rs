@@ -5,14 +5,14 @@
 //! second, kills the daemon with SIGKILL, has `fsck -n` find nothing, mounts, and checks each
 //! load by its own rules:
 //!
-//! | load | after the kill | file |
-//! | --- | --- | --- |
-//! | workers that write, overwrite, replace, append, unlink, with fsync | a model of each file | `model.rs` |
-//! | files replaced and moved without any fsync | one moment of that history, no older than the last fsync | `renames.rs` |
-//! | fio with verify | every block of files that ended with fsync, and of one overwritten in place | `programs.rs` |
-//! | SQLite, write-ahead log and rollback journal | `integrity_check`, and every row that was committed | `programs.rs` |
-//! | git with `core.fsync=all` | `fsck --full --strict`, and the last acknowledged commit | `programs.rs` |
-//! | names made and removed as fast as they go | `fsck -n` | here |
+//! | load | after the kill |
+//! | --- | --- |
+//! | writes, overwrites, replacements, appends, unlinks, with fsync | a model of each file |
+//! | files replaced and moved, no fsync | one moment, no older than the last fsync |
+//! | fio with verify | every block that ended with fsync, or was overwritten in place |
+//! | SQLite, both journals | `integrity_check`, and every row that was committed |
+//! | git with `core.fsync=all` | `fsck --full --strict`, the last acknowledged commit |
+//! | names made and removed as fast as they go | `fsck -n` |
 //!
 //! `KILL_ROUNDS` says how many rounds; `SEED` replays the choices, not the timing.
 

@@ -12,8 +12,8 @@
 //! give away is not worth its time. Whatever the input, nothing may panic, hang, or take memory
 //! without a bound; errors are welcome. One exception: redb believes what its pages say, and panics
 //! where a page with a right checksum makes no sense. `metadata` makes such pages, has them read,
-//! and lets redb panic; nothing is written then. Inputs are read as far as they go, so that every byte
-//! string is one.
+//! and lets redb panic; nothing is written then. Inputs are read as far as they go, so that every
+//! byte string is one.
 //!
 //! Only built for tests and with the feature `fuzzing`.
 #![allow(
