@@ -432,7 +432,7 @@ fn extents_are_cut_to_what_can_be() {
     let next = u64::from_be_bytes(rest[8..].try_into().unwrap());
     let value = record(free, 3, &crcs(3));
     let overlap = set("extents", pair_key(long, next - 1), value);
-    let found = fsck(&s.damaged(&[overlap.clone()]), Mode::Check).found;
+    let found = fsck(&s.damaged(std::slice::from_ref(&overlap)), Mode::Check).found;
     assert!(
         found
             .problems

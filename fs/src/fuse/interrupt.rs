@@ -16,6 +16,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
 use parking_lot::{Condvar, Mutex};
 
 use super::channel::Channel;
@@ -155,7 +158,8 @@ impl Unanswered {
         if !is_killed(pid) {
             return true;
         }
-        if let Some(waiting) = self.part(unique).lock().remove(&unique) {
+        let waiting = self.part(unique).lock().remove(&unique);
+        if let Some(waiting) = waiting {
             let sent = waiting.channel.send_error(unique, libc::EINTR);
             log::debug!("process {pid} is dead, its request ends ({sent:?})");
         }
@@ -164,11 +168,15 @@ impl Unanswered {
 }
 
 /// Whether a thread is gone or about to go: SIGKILL is pending for it, which is also what the
-/// kernel makes of other fatal signals.
+/// kernel makes of other fatal signals. One that cannot be seen (pid 0: of a name space that is not
+/// ours, or where /proc hides others) counts as alive.
 fn is_killed(pid: u32) -> bool {
     const SIGKILL: u64 = 1 << (libc::SIGKILL - 1);
+    let Some(raw) = i32::try_from(pid).ok().filter(|&pid| pid > 0) else {
+        return false;
+    };
     let Ok(status) = std::fs::read_to_string(format!("/proc/{pid}/status")) else {
-        return true;
+        return kill(Pid::from_raw(raw), None) == Err(Errno::ESRCH);
     };
     let pending = status.lines().find_map(|line| line.strip_prefix("SigPnd:"));
     let pending = pending.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
