@@ -146,10 +146,12 @@ fn the_space_of_a_deleted_file_is_free_at_once() {
     check(&devices);
 }
 
+type Change = fn(&FileSystem, Ino) -> Result<(), Errno>;
+
 /// Changes of many inodes, one after another, without any that needs room.
 #[test]
 fn changes_of_every_inode_do_not_need_more_than_metadata_has() {
-    let devices = devices(2, 16 << 20);
+    let devices = devices(1, 24 << 20);
     format(&devices);
     let fs = mount_with(
         &devices,
@@ -163,7 +165,7 @@ fn changes_of_every_inode_do_not_need_more_than_metadata_has() {
     fs.setxattr(dir, b"user.filler", b"", 0, false).unwrap_err();
     fs.sync().unwrap();
     let all = entries(&fs, dir, 1000);
-    let changes: [(&str, fn(&FileSystem, Ino) -> Result<(), Errno>); 5] = [
+    let changes: [(&str, Change); 5] = [
         ("chmod", |fs, ino| {
             let mode = Some(0o600);
             let set = SetAttr {
