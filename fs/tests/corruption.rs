@@ -75,10 +75,13 @@ enum Content {
     Target(Vec<u8>),
 }
 
-/// A sound volume, and what is in it by path; extended attributes beside.
+/// What is there, by path, with the extended attributes.
+type Tree = BTreeMap<String, (Content, BTreeMap<Vec<u8>, Vec<u8>>)>;
+
+/// A sound volume, and what is in it.
 struct Bed {
     images: Vec<SimImage>,
-    tree: BTreeMap<String, (Content, BTreeMap<Vec<u8>, Vec<u8>>)>,
+    tree: Tree,
     chunks: Vec<Chunk>,
 }
 
