@@ -1,18 +1,18 @@
 //! Checking and repairing an unmounted volume.
 //!
 //! Six passes over the metadata tables, in order of their keys: inodes with attributes and
-//! deletions ([`records`]); names against inodes and listings ([`names`]); the tree ([`tree`]);
-//! extents ([`extents`]); free space and blocks named twice ([`space`], [`shared`]); counts
-//! ([`counts`]). Labels and chunk table were looked at when the volume was assembled. Data blocks
+//! deletions (`records`); names against inodes and listings (`names`); the tree (`tree`);
+//! extents (`extents`); free space and blocks named twice (`space`, `shared`); counts
+//! (`counts`). Labels and chunk table were looked at when the volume was assembled. Data blocks
 //! are not read, but for those named twice: verifying them is a scrub's work.
 //!
 //! A check changes nothing. What a repair would change is gathered by the same passes
-//! ([`edits`]), so that each pass sees what those before it decided, and made durable in one
+//! (`edits`), so that each pass sees what those before it decided, and made durable in one
 //! commit: a power cut leaves the old state or the repaired one. Then the passes run once more, and
 //! what they still find is what is left.
 //!
-//! Memory: 80 bytes for an inode ([`inodes`]), 32 MiB for a TiB of data that is in use and as much
-//! for one that is free ([`bitmap`]), and what is to be changed. Nothing for a name or a block.
+//! Memory: 80 bytes for an inode (`inodes`), 32 MiB for a TiB of data that is in use and as much
+//! for one that is free (`bitmap`), and what is to be changed. Nothing for a name or a block.
 
 mod bitmap;
 mod counts;

@@ -1,9 +1,9 @@
 //! Scrub: reads and verifies everything on the devices, past the caches, and mends bad copies.
 //!
-//! One pass looks at labels and chunk tables, then at all metadata ([`crate::meta::verify`]), then
-//! at the data of all files, in order of their extents ([`pass`]). It runs in a thread of its own,
+//! One pass looks at labels and chunk tables, then at all metadata (`crate::meta::verify`), then
+//! at the data of all files, in order of their extents (`pass`). It runs in a thread of its own,
 //! in the background class of the device queues, at most at the rate that was asked for, with a few
-//! MiB of memory. Where it is, and what came of it, is a record in the settings ([`record`]), so a
+//! MiB of memory. Where it is, and what came of it, is a record in the settings (`record`), so a
 //! pass that was paused goes on after a remount; metadata is then not looked at again if that part
 //! was done.
 //!
