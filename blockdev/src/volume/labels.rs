@@ -51,9 +51,10 @@ impl Volume {
         self.faults(&self.durable.lock())
     }
 
-    /// After a power cut, until the volume is written to, members may lag; a label fits a sector, so
-    /// that a copy of it is whole all the same. A chunk table not in force may be what a mount that
-    /// was cut off began to write, even after a clean end: see [`Volume::spare_table_fault`].
+    /// After a power cut, until the volume is written to, members may lag; a label fits a sector,
+    /// so that a copy of it is whole all the same. A chunk table not in force may be what a mount
+    /// that was cut off began to write, even after a clean end: see
+    /// [`Volume::spare_table_fault`].
     pub(super) fn faults(&self, durable: &Durable) -> Vec<LabelFault> {
         let (identity, devices) = (&self.identity, &self.devices);
         let is_settled = self.was_clean || !self.is_read_only();
@@ -113,9 +114,9 @@ impl Volume {
         faults
     }
 
-    /// What to say of a chunk table that is not in force on a volume that is not being written, where
-    /// it is not that of the former generation. It may be that of the next one, or be torn where that
-    /// is longer than a sector; a damaged one shows as neither.
+    /// What to say of a chunk table that is not in force on a volume that is not being written,
+    /// where it is not that of the former generation. It may be that of the next one, or be torn
+    /// where that is longer than a sector; a damaged one shows as neither.
     fn spare_table_fault(
         &self,
         durable: &Durable,

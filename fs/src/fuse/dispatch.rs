@@ -132,10 +132,11 @@ fn serve(opcode: Opcode, request: Request<'_>) -> Parsed {
 }
 
 impl Request<'_> {
-    /// The caller of another request got a signal. It has no answer.
+    /// The caller of another request got a signal. It has no answer, whatever it says.
     fn interrupt(mut self) -> Parsed {
-        let unique = self.args.u64()?;
-        self.shared.unanswered.signalled(unique);
+        if let Ok(unique) = self.args.u64() {
+            self.shared.unanswered.signalled(unique);
+        }
         self.reply.none();
         Ok(())
     }

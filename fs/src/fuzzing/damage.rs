@@ -291,9 +291,10 @@ pub(super) fn metadata(input: &[u8]) {
     }
     if !is_crafted {
         try_everything(&devices);
-    } else {
+    } else if cfg!(not(test)) {
+        // Where redb panics, the thread is left in the hook, which other tests may need to change.
         // Writing is left out: a panic on the committing thread would leave others waiting.
-        tolerating_redb(|| try_reading(&devices));
+        tolerating_redb(move || try_reading(&devices));
     }
 }
 
