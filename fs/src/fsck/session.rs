@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use braidfs_blockdev::Volume;
+use braidfs_blockdev::{BLOCK_SIZE, ChunkKind, Volume};
 use braidfs_cache::{Cache, CacheConfig};
 
 use crate::MountError;
@@ -12,8 +12,9 @@ use crate::meta::backend::MetaFile;
 use crate::meta::offline::Offline;
 use crate::meta::salvage::{self, Loss, Salvage};
 
-/// Page cache of a check, in bytes.
-const CACHE_BYTES: u64 = 64 << 20;
+/// Page cache of a check, in bytes: as much as the metadata takes, between these.
+const CACHE_BYTES_MIN: u64 = crate::CACHE_BYTES_MIN;
+const CACHE_BYTES_MAX: u64 = 64 << 20;
 
 /// An open volume.
 pub(super) struct Session {
@@ -27,8 +28,11 @@ pub(super) struct Session {
 impl Session {
     /// Opens what was assembled, to read or to write.
     pub(super) fn open(volume: Arc<Volume>) -> Result<Self, MountError> {
+        let chunks = volume.chunks();
+        let metadata = chunks.iter().filter(|chunk| chunk.kind == ChunkKind::Meta);
+        let metadata_bytes: u64 = metadata.map(|chunk| chunk.len_blocks * BLOCK_SIZE).sum();
         let config = CacheConfig {
-            size_bytes: CACHE_BYTES,
+            size_bytes: metadata_bytes.clamp(CACHE_BYTES_MIN, CACHE_BYTES_MAX),
             ..CacheConfig::default()
         };
         let cache = Cache::new(config, Arc::clone(&volume))?;
