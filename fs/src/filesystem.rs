@@ -330,14 +330,21 @@ impl FileSystem {
         }
     }
 
-    /// redb writes once more when it is closed; then nothing may be left in memory.
+    /// redb writes once more when it is closed; then nothing may be left in memory. A read-only
+    /// mount has nothing to lose: what redb cannot read then is logged alone.
     fn close_metadata(&self) -> Result<(), Errno> {
         let closed = self.store.close().map_err(|error| error.to_string());
         let synced = self.meta.close().map_err(|error| error.to_string());
-        closed.and(synced).map_err(|error| {
-            log::error!("closing the metadata store: {error}");
-            Errno::IO
-        })
+        match closed.and(synced) {
+            Err(error) if self.is_read_only() && !self.failed.load(Ordering::SeqCst) => {
+                log::warn!("closing the metadata store: {error}");
+                Ok(())
+            }
+            result => result.map_err(|error| {
+                log::error!("closing the metadata store: {error}");
+                Errno::IO
+            }),
+        }
     }
 
     /// The options it was mounted with.
