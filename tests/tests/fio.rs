@@ -10,7 +10,7 @@ use braidfs_tests::volume::{GIB, MIB, Volume};
 
 const CACHE_BYTES: u64 = 64 * MIB;
 const CACHE_OPTION: &str = "cache_size=64M";
-const SPACE_BYTES: u64 = 4 * GIB;
+const SPACE_BYTES: u64 = 8 * GIB;
 
 fn main() -> ExitCode {
     runner::main(
@@ -72,7 +72,7 @@ fn fio(volume: &Volume, mode: &[&str], jobs: &[&[&str]]) {
 fn sequential_buffered(env: &Env) -> Outcome {
     verified(
         env,
-        &[&["--name=seq", "--rw=write", "--bs=128k", "--size=1g"]],
+        &[&["--name=seq", "--rw=write", "--bs=128k", "--size=2g"]],
     )
 }
 
@@ -83,7 +83,7 @@ fn sequential_o_direct(env: &Env) -> Outcome {
             "--name=seq",
             "--rw=write",
             "--bs=1m",
-            "--size=1g",
+            "--size=2g",
             "--direct=1",
         ]],
     )
@@ -92,7 +92,7 @@ fn sequential_o_direct(env: &Env) -> Outcome {
 fn random_buffered(env: &Env) -> Outcome {
     verified(
         env,
-        &[&["--name=rand", "--rw=randwrite", "--bs=64k", "--size=1g"]],
+        &[&["--name=rand", "--rw=randwrite", "--bs=64k", "--size=2g"]],
     )
 }
 
@@ -101,7 +101,7 @@ fn random_o_direct(env: &Env) -> Outcome {
         "--name=rand",
         "--rw=randwrite",
         "--bs=16k",
-        "--size=768m",
+        "--size=2g",
         "--direct=1",
     ];
     verified(
@@ -116,7 +116,7 @@ fn four_jobs(env: &Env) -> Outcome {
         "--numjobs=4",
         "--rw=randwrite",
         "--bs=32k",
-        "--size=256m",
+        "--size=512m",
     ];
     verified(env, &[&job])
 }
@@ -127,15 +127,15 @@ fn mmap(env: &Env) -> Outcome {
         "--ioengine=mmap",
         "--rw=randwrite",
         "--bs=64k",
-        "--size=256m",
+        "--size=512m",
     ];
     verified(env, &[&job])
 }
 
 fn io_uring_engine(env: &Env) -> Outcome {
     let ring = ["--ioengine=io_uring", "--iodepth=16", "--bs=64k"];
-    let buffered = ["--name=ring", "--rw=randwrite", "--size=512m"];
-    let direct = ["--name=ringd", "--rw=write", "--size=512m", "--direct=1"];
+    let buffered = ["--name=ring", "--rw=randwrite", "--size=1g"];
+    let direct = ["--name=ringd", "--rw=write", "--size=1g", "--direct=1"];
     verified(
         env,
         &[
@@ -148,12 +148,12 @@ fn io_uring_engine(env: &Env) -> Outcome {
 /// Jobs that differ in how they go about it, on files of their own, side by side.
 fn buffered_and_direct_at_once(env: &Env) -> Outcome {
     let (buffered, direct, map) = (
-        ["--name=b", "--rw=write", "--bs=4k", "--size=128m"],
+        ["--name=b", "--rw=write", "--bs=4k", "--size=256m"],
         [
             "--name=d",
             "--rw=randwrite",
             "--bs=64k",
-            "--size=256m",
+            "--size=512m",
             "--direct=1",
         ],
         [
@@ -161,7 +161,7 @@ fn buffered_and_direct_at_once(env: &Env) -> Outcome {
             "--ioengine=mmap",
             "--rw=write",
             "--bs=4k",
-            "--size=256m",
+            "--size=512m",
         ],
     );
     verified(env, &[&buffered, &direct, &map])

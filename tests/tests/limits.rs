@@ -1,6 +1,6 @@
 //! How far things go: entries of a directory, links of a file, names, sizes, times, attributes.
 //!
-//! `DIRECTORY_ENTRIES` (default 100,000) is the size of the largest directory.
+//! `DIRECTORY_ENTRIES` (default 200,000) is the size of the largest directory.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -39,7 +39,7 @@ fn main() -> ExitCode {
     if let Some(code) = peer::run(&[("churner", churner)]) {
         return code;
     }
-    let entries = number_from_environment("DIRECTORY_ENTRIES", 100_000);
+    let entries = number_from_environment("DIRECTORY_ENTRIES", 200_000);
     runner::main(
         "limits",
         &[
@@ -149,7 +149,7 @@ fn rate(what: &str, count: usize, work: impl FnOnce()) {
 }
 
 fn directories(env: &Env) -> Outcome {
-    let most = number_from_environment("DIRECTORY_ENTRIES", 100_000);
+    let most = number_from_environment("DIRECTORY_ENTRIES", 200_000);
     let mut volume = Volume::format(env, "v", &[4 * GIB; 3], &[]);
     // The rates at smaller sizes, to compare.
     let smaller = [10_000, 100_000]

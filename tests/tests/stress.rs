@@ -2,7 +2,7 @@
 //!
 //! `STRESS_SECONDS` (default 1) is for how long each stressor of stress-ng runs, and a multiple of
 //! it how long dbench and the renames do. `STRESS_FILES` is the size of the tree in both modes
-//! (default: 25,000 files with `direct_io`, 5,000 with `writeback_cache`).
+//! (default: 80,000 files with `direct_io`, 8,000 with `writeback_cache`).
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -256,7 +256,7 @@ fn metadata_bytes(volume: &Volume) -> u64 {
 fn tree(env: &Env) -> Outcome {
     env.need_tools(&["tar"])?;
     env.need_space(6 * GIB)?;
-    for (mode, files) in CACHE_MODES.into_iter().zip([25_000, 5_000]) {
+    for (mode, files) in CACHE_MODES.into_iter().zip([80_000, 8_000]) {
         let files = number_from_environment("STRESS_FILES", files);
         let files = usize::try_from(files).expect("a number of files");
         let tree = SourceTree::plan(80_000, files.div_ceil(16), files);
@@ -269,7 +269,7 @@ fn tree(env: &Env) -> Outcome {
         });
         let mut volume = Volume::format(env, mode, &[2 * GIB; 3], &[]);
         tree_comes_and_goes(&mut volume, mode, &tree, &archive);
-        if files < 10_000 {
+        if files < 50_000 {
             // What the first round left behind must be enough for the second.
             let before = metadata_bytes(&volume);
             tree_comes_and_goes(&mut volume, mode, &tree, &archive);

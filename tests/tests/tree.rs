@@ -1,8 +1,7 @@
 //! Real trees in by ordinary tools, and the same trees out after a remount.
 //!
-//! The tree: for cp the Rust toolchain's installation, topped up from /usr where that is too small,
-//! for tar and rsync a part of /usr; and a specimen of everything that a copy can lose
-//! (`specimen.rs`).
+//! The tree: the Rust toolchain's installation, topped up from /usr where that is too small, and
+//! a specimen of everything that a copy can lose (`specimen.rs`).
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -16,21 +15,8 @@ use braidfs_tests::runner::{self, Test};
 use braidfs_tests::specimen;
 use braidfs_tests::volume::{GIB, Volume};
 
-/// Least size of a tree.
-#[derive(Clone, Copy)]
-struct Size {
-    entries: u64,
-    bytes: u64,
-}
-
-const LARGE: Size = Size {
-    entries: 20_000,
-    bytes: 1_000_000_000,
-};
-const MIDDLING: Size = Size {
-    entries: 5_000,
-    bytes: 100_000_000,
-};
+const TREE_ENTRIES_MIN: u64 = 20_000;
+const TREE_BYTES_MIN: u64 = 1_000_000_000;
 /// Room on the test folder's file system for a copy of the tree.
 const SPACE_BYTES: u64 = 5 * GIB;
 
@@ -50,24 +36,19 @@ fn main() -> ExitCode {
     )
 }
 
-/// The parts of a real tree of at least that size, each with a name of its own.
-fn real_parts(least: Size) -> Vec<(String, PathBuf)> {
+/// Links to the parts of the real tree, each with a name of its own.
+fn real_parts() -> Vec<(String, PathBuf)> {
     let sysroot = Cmd::new("rustc").args(["--print", "sysroot"]).quiet().run();
     let toolchain = PathBuf::from(sysroot.stdout.trim());
-    let system = ["/usr/share", "/usr/bin", "/usr/lib"].map(PathBuf::from);
-    let candidates = if least.bytes >= LARGE.bytes {
-        [&[toolchain], &system[..]].concat()
-    } else {
-        // In pieces, so that it does not become much more than was asked for.
-        let pieces = fs::read_dir("/usr/share").into_iter().flatten().flatten();
-        let mut pieces: Vec<_> = pieces.map(|piece| piece.path()).collect();
-        pieces.sort();
-        [&pieces[..], &system[1..], &[toolchain]].concat()
-    };
     let mut parts = Vec::new();
     let (mut entries, mut bytes) = (0, 0);
-    for candidate in candidates {
-        if entries >= least.entries && bytes >= least.bytes {
+    for candidate in [
+        toolchain,
+        "/usr/share".into(),
+        "/usr/lib".into(),
+        "/usr/bin".into(),
+    ] {
+        if entries >= TREE_ENTRIES_MIN && bytes >= TREE_BYTES_MIN {
             break;
         }
         if candidate.is_absolute() && candidate.is_dir() {
@@ -81,7 +62,7 @@ fn real_parts(least: Size) -> Vec<(String, PathBuf)> {
         }
     }
     assert!(
-        entries >= least.entries && bytes >= least.bytes,
+        entries >= TREE_ENTRIES_MIN && bytes >= TREE_BYTES_MIN,
         "no tree is large enough"
     );
     println!(
@@ -109,12 +90,12 @@ fn measure(dir: &Path) -> (u64, u64) {
 
 /// Copies the real tree and the specimen onto a new volume with `copy(source, target)`, remounts,
 /// compares, and checks the file system.
-fn round_trip(env: &Env, least: Size, leniency: Leniency, copy: fn(&Path, &Path)) -> Outcome {
+fn round_trip(env: &Env, leniency: Leniency, copy: fn(&Path, &Path)) -> Outcome {
     env.need_tools(&["setfattr", "getfattr", "setfacl"])?;
     env.need_space(SPACE_BYTES)?;
     let special = env.path("specimen");
     specimen::make(&special);
-    let mut parts = real_parts(least);
+    let mut parts = real_parts();
     parts.push(("specimen".to_owned(), special));
     let mut volume = Volume::format(env, "v", &[2 * GIB; 4], &[]);
     volume.mount(&[]);
@@ -134,7 +115,7 @@ fn round_trip(env: &Env, least: Size, leniency: Leniency, copy: fn(&Path, &Path)
 }
 
 fn cp_archive(env: &Env) -> Outcome {
-    round_trip(env, LARGE, Leniency::default(), |source, target| {
+    round_trip(env, Leniency::default(), |source, target| {
         Cmd::new("cp")
             .arg("-a")
             .arg(source.join("."))
@@ -146,7 +127,7 @@ fn cp_archive(env: &Env) -> Outcome {
 
 fn tar(env: &Env) -> Outcome {
     env.need_tools(&["tar"])?;
-    round_trip(env, MIDDLING, Leniency::default(), |source, target| {
+    round_trip(env, Leniency::default(), |source, target| {
         let script = "tar --format=posix --sparse --acls --xattrs --xattrs-include='*' \
                       -C \"$1\" -cf - . | \
                       tar --acls --xattrs --xattrs-include='*' -C \"$2\" -xpf - 2>&1";
@@ -158,7 +139,7 @@ fn tar(env: &Env) -> Outcome {
 fn rsync(env: &Env) -> Outcome {
     env.need_tools(&["rsync"])?;
     // Without -S rsync writes zeros where the original has holes.
-    round_trip(env, MIDDLING, Leniency { holes: true }, |source, target| {
+    round_trip(env, Leniency { holes: true }, |source, target| {
         let slashed = |path: &Path| format!("{}/", path.display());
         let (from, to) = (slashed(source), slashed(target));
         // The specimen's largest hole would be gigabytes of zeros.
