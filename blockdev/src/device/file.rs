@@ -9,7 +9,7 @@ use libc::iovec;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// The kernel's limit on segments of one vectored call.
@@ -18,8 +18,9 @@ pub(super) const IOV_MAX: usize = 1024;
 /// An open, locked device.
 pub(super) struct DeviceFile {
     pub name: String,
-    /// Closing it releases the lock.
     pub file: File,
+    /// Shared by all shares; the last one to go releases the lock.
+    pub lock: Option<Arc<Locked>>,
     pub size_bytes: u64,
     pub direct: bool,
     pub is_block: bool,
@@ -27,6 +28,21 @@ pub(super) struct DeviceFile {
     pub answer_time_max: Duration,
     /// A block device that was opened shared is opened once more when it is taken for ourselves.
     pub claim: OnceLock<File>,
+}
+
+/// Stands for the lock of an open file.
+pub(super) struct Locked;
+
+impl Drop for DeviceFile {
+    /// The lock would go with the last reference to the open file, but the kernel may have one for
+    /// a moment longer: for a request that has just ended, or a program that is being started.
+    fn drop(&mut self) {
+        if self.lock.take().and_then(Arc::into_inner).is_some()
+            && let Err(error) = self.file.unlock()
+        {
+            log::debug!("{}: unlocked by closing it alone: {error}", self.name);
+        }
+    }
 }
 
 nix::ioctl_write_ptr_bad!(
@@ -73,6 +89,7 @@ impl DeviceFile {
         Ok(DeviceFile {
             name: self.name.clone(),
             file: self.file.try_clone()?,
+            lock: self.lock.clone(),
             claim: OnceLock::new(),
             ..*self
         })

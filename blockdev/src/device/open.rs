@@ -6,7 +6,7 @@
 //! whatever uses that loop device would not see our lock.
 
 use super::BlockDevice;
-use super::file::{DeviceFile, block_device_size, is_write_protected};
+use super::file::{DeviceFile, Locked, block_device_size, is_write_protected};
 use super::pool::PoolDevice;
 use crate::units::{BLOCK_SIZE, round_down};
 use nix::fcntl::OFlag;
@@ -171,6 +171,7 @@ fn open_file(path: &Path, mode: OpenMode) -> Result<DeviceFile, OpenError> {
     Ok(DeviceFile {
         name,
         file,
+        lock: Some(Arc::new(Locked)),
         size_bytes,
         direct,
         is_block,
