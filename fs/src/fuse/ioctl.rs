@@ -7,10 +7,11 @@ use std::sync::Arc;
 
 use nix::{request_code_read, request_code_readwrite, request_code_write};
 
+use super::CacheMode;
 use super::attr::cred;
 use super::dispatch::{Parsed, Request};
 use super::protocol::{Args, Malformed, Out};
-use crate::{Errno, Ino};
+use crate::{Errno, FLAG_SYNC, Ino};
 
 const LONG: usize = size_of::<libc::c_long>();
 /// Bytes of `struct fsxattr`.
@@ -101,8 +102,17 @@ impl Request<'_> {
         Ok(())
     }
 
+    /// With the kernel's write-back cache, nobody can have synchronous files: the kernel takes the
+    /// bytes, and answers, before we hear of them. Opened past that cache they would be durable,
+    /// but the kernel would go on showing the mtime of before the write, and backups miss it.
     fn set_flags(&self, ino: Ino, flags: u32) -> Result<(), Errno> {
         let fs = &self.shared.fs;
+        if self.shared.options.cache_mode == CacheMode::Kernel
+            && flags & FLAG_SYNC != 0
+            && fs.flags(ino)? & FLAG_SYNC == 0
+        {
+            return Err(Errno::NOTSUP);
+        }
         fs.set_flags(ino, flags, &cred(&self.header, 0))?;
         // The kernel does not expect an ioctl to change the ctime.
         self.shared.forget_attributes(ino);
