@@ -332,6 +332,7 @@ fn io_uring_stays_in_its_corner() {
 #[test]
 fn scripts_stop_at_errors_and_explain_themselves() {
     for name in [
+        "scripts/bench",
         "scripts/campaign",
         "scripts/fuzz",
         "scripts/mutants",
