@@ -80,6 +80,8 @@ struct Step<'p> {
     round: usize,
     workload: &'static Workload,
     peer: &'p Peer,
+    /// About how long it takes.
+    secs: f64,
 }
 
 fn steps<'p>(plan: &'p Plan, media: MediaKind, rounds: usize) -> Vec<Step<'p>> {
@@ -92,6 +94,7 @@ fn steps<'p>(plan: &'p Plan, media: MediaKind, rounds: usize) -> Vec<Step<'p>> {
                     round,
                     workload,
                     peer,
+                    secs: plan.scale.secs_of(workload),
                 });
             }
         }
@@ -221,7 +224,7 @@ impl Progress {
         Self {
             begun: Instant::now(),
             done: 0.0,
-            total: steps.map(|step| step.workload.weight).sum(),
+            total: steps.map(|step| step.secs).sum(),
         }
     }
 
@@ -243,6 +246,6 @@ impl Progress {
     }
 
     fn done(&mut self, step: &Step<'_>) {
-        self.done += step.workload.weight;
+        self.done += step.secs;
     }
 }

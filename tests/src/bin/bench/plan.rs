@@ -52,8 +52,8 @@ pub struct Workload {
     pub media: &'static [MediaKind],
     /// Part of `--quick`.
     pub is_quick: bool,
-    /// About how long one peer takes, in seconds: for the estimate of what is left.
-    pub weight: f64,
+    /// About how long one peer takes in a full run, in seconds: for the estimate of what is left.
+    weight: f64,
 }
 
 const T: &[MediaKind] = &[MediaKind::Tmpfs];
@@ -180,6 +180,16 @@ pub struct Scale {
 }
 
 impl Scale {
+    /// About how long a workload takes for one peer, in seconds.
+    pub fn secs_of(&self, workload: &Workload) -> f64 {
+        let share = match workload.kind {
+            Kind::Million { .. } => self.million as f64 / FULL.million as f64,
+            Kind::Files => self.files as f64 / FULL.files as f64,
+            _ => self.secs as f64 / FULL.secs as f64,
+        };
+        workload.weight * share
+    }
+
     /// Bytes of one device on media of a kind.
     pub fn device_bytes(&self, media: MediaKind) -> u64 {
         match media {
