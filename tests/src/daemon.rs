@@ -76,6 +76,12 @@ impl Daemon {
         self.status_kib("VmHWM:") << 10
     }
 
+    /// From now on its high-water mark is what it has resident from now on.
+    pub fn forget_peak_rss(self) {
+        const PEAK: &str = "5";
+        let _gone = fs::write(format!("/proc/{}/clear_refs", self.pid), PEAK);
+    }
+
     /// The memory it has resident now, in bytes.
     pub fn rss_bytes(self) -> u64 {
         self.status_kib("VmRSS:") << 10

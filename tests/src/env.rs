@@ -203,15 +203,19 @@ pub fn program_under_test() -> Result<PathBuf, String> {
             .canonicalize()
             .map_err(|error| format!("{}: {error}", bin.display()));
     }
+    release_build("--bin", "braidfs")
+}
+
+/// The null FUSE server (`fs/examples/null.rs`): a release build made now.
+pub fn null_server() -> Result<PathBuf, String> {
+    release_build("--example", "null")
+}
+
+fn release_build(kind: &str, name: &str) -> Result<PathBuf, String> {
+    let words = ["build", "--release", "--quiet", "--package", "braidfs"];
     let build = Cmd::new("cargo")
-        .args([
-            "build",
-            "--release",
-            "--quiet",
-            "--package",
-            "braidfs",
-            "--message-format=json",
-        ])
+        .args(words)
+        .args([kind, name, "--message-format=json"])
         .cwd(project_root())
         .limit_secs(1200)
         .quiet()
@@ -221,8 +225,8 @@ pub fn program_under_test() -> Result<PathBuf, String> {
     }
     let executable = build.stdout.lines().rev().find_map(|line| {
         let message: serde_json::Value = serde_json::from_str(line).ok()?;
-        (message["target"]["name"] == "braidfs").then_some(())?;
+        (message["target"]["name"] == name).then_some(())?;
         message["executable"].as_str().map(PathBuf::from)
     });
-    executable.ok_or_else(|| "the build made no program named braidfs".to_owned())
+    executable.ok_or_else(|| format!("the build made no program named {name}"))
 }

@@ -27,6 +27,7 @@ impl LoopDevice {
             .args(["--find", "--show"])
             .args(flags)
             .arg(image)
+            .quiet()
             .ok();
         Self {
             path: PathBuf::from(output.stdout.trim()),
@@ -56,7 +57,8 @@ impl Drop for LoopDevice {
             .arg(&self.path)
             .quiet()
             .run();
-        Cmd::new("losetup").arg("--detach").arg(&self.path).run();
+        let detach = Cmd::new("losetup").arg("--detach").arg(&self.path);
+        detach.quiet().run();
     }
 }
 

@@ -303,8 +303,8 @@ fn supervise(test: &Test, bin: &Path, work: &Path, log_path: &Path) -> Result<i3
     ))
 }
 
-/// Ends and detaches whatever a test left behind.
-fn sweep(work: &Path) {
+/// Ends and detaches whatever was left behind by a test, or whoever else used a folder.
+pub fn sweep(work: &Path) {
     kill_all_naming(work);
     for target in mounts_below(work) {
         Cmd::new("umount").arg("-l").arg(target).quiet().run();
@@ -313,7 +313,8 @@ fn sweep(work: &Path) {
     throttle::remove_leftovers(work);
 }
 
-fn kill_all_naming(work: &Path) {
+/// Kills every process whose command line names something in a folder.
+pub fn kill_all_naming(work: &Path) {
     for pid in daemon::processes_naming(work) {
         let _gone_already = kill(Pid::from_raw(pid), Signal::SIGKILL);
     }
@@ -337,7 +338,7 @@ pub fn mounts_below(dir: &Path) -> Vec<PathBuf> {
 }
 
 /// Removes a test's folder, unless something is still mounted in it.
-fn remove(work: &Path) {
+pub fn remove(work: &Path) {
     if !mounts_below(work).is_empty() {
         println!(
             "left in place, as something is still mounted there: {}",

@@ -24,7 +24,7 @@ pub struct Throttle {
 impl Throttle {
     /// Limits reads and writes of each device to `bytes_per_sec` for the members of a new group.
     /// The group is named after the test's folder.
-    pub fn new(work: &Path, devices: &[LoopDevice], bytes_per_sec: u64) -> Result<Self, Skip> {
+    pub fn new(work: &Path, devices: &[&LoopDevice], bytes_per_sec: u64) -> Result<Self, Skip> {
         let name = work.file_name().expect("the test's folder has a name");
         let v1 = Path::new(V1_ROOT);
         if v1.join("blkio.throttle.read_bps_device").exists() {

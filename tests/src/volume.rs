@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::command::{Cmd, Output};
+use crate::command::{Cmd, Output, Running};
 use crate::daemon::{self, Daemon};
 use crate::env::{Env, Outcome};
 
@@ -168,11 +168,7 @@ impl<'e> Volume<'e> {
 
     /// Whether something is mounted there, going by the kernel's table.
     pub fn is_mount_point(&self) -> bool {
-        let table = fs::read_to_string("/proc/self/mounts").expect("the mount table");
-        let target = self.mountpoint.to_string_lossy();
-        table
-            .lines()
-            .any(|line| line.split(' ').nth(1) == Some(&*target))
+        is_mount_point(&self.mountpoint)
     }
 
     /// The running daemon.
@@ -250,6 +246,29 @@ impl Drop for Volume<'_> {
                 .run();
         }
     }
+}
+
+/// Whether something is mounted there, going by the kernel's table.
+pub fn is_mount_point(path: &Path) -> bool {
+    let table = fs::read_to_string("/proc/self/mounts").expect("the mount table");
+    let target = path.to_string_lossy();
+    table
+        .lines()
+        .any(|line| line.split(' ').nth(1) == Some(&*target))
+}
+
+/// Starts a FUSE server that stays in the foreground, and waits until it is mounted.
+pub fn serve(command: Cmd, mountpoint: &Path) -> Running {
+    const MOUNT_LIMIT: Duration = Duration::from_secs(20);
+    let mut server = command.quiet().spawn();
+    let deadline = Instant::now() + MOUNT_LIMIT;
+    while !is_mount_point(mountpoint) {
+        let said = server.text_so_far();
+        assert!(server.is_running(), "a server did not start: {said}");
+        assert!(Instant::now() < deadline, "a server does not mount: {said}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    server
 }
 
 /// Standard output as JSON.

@@ -102,7 +102,8 @@ fn measure(env: &Env, count: usize, attempt: usize) -> Result<Rates, braidfs_tes
         .collect();
     let devices: Vec<_> = loops.iter().map(|device| device.path.clone()).collect();
     env.braidfs().arg("mkfs").args(&devices).ok();
-    let throttle = Throttle::new(&env.dir, &loops, DEVICE_BYTES_PER_SEC)?;
+    let limited: Vec<_> = loops.iter().collect();
+    let throttle = Throttle::new(&env.dir, &limited, DEVICE_BYTES_PER_SEC)?;
     let mut volume = Volume::on(env, &name, devices.clone());
     let bytes = BYTES_PER_DEVICE * count as u64;
     let blocks = format!("count={}", bytes / MIB);

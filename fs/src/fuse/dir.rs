@@ -17,15 +17,15 @@ const BATCH: usize = 24;
 /// Bytes of `struct fuse_dirent` before the name.
 const DIRENT_BYTES: usize = 24;
 
-/// A reply that fills up.
-struct Listing {
-    bytes: Vec<u8>,
+/// The reply to a READDIR or READDIRPLUS, which fills up.
+pub struct Listing {
+    pub(super) bytes: Vec<u8>,
     size: usize,
 }
 
 impl Listing {
     /// A listing of at most `size` bytes.
-    fn new(size: u32) -> Self {
+    pub fn new(size: u32) -> Self {
         let size = (size as usize).min(REQUEST_BYTES_MAX);
         Self {
             bytes: Vec::with_capacity(size),
@@ -33,14 +33,18 @@ impl Listing {
         }
     }
 
-    /// Whether there is room for an entry with `extra` bytes in front of it.
+    /// Whether there is room for an entry, with its attributes ([`Listing::add_plus`]) or without.
+    pub fn has_room(&self, plus: bool, name: &[u8]) -> bool {
+        self.fits(if plus { ENTRY_BYTES } else { 0 }, name)
+    }
+
     fn fits(&self, extra: usize, name: &[u8]) -> bool {
         let len = (DIRENT_BYTES + name.len()).next_multiple_of(8);
         self.bytes.len() + extra + len <= self.size
     }
 
     /// Adds an entry; there is room for it.
-    fn add(&mut self, ino: Ino, cookie: u64, kind: u8, name: &[u8]) {
+    pub fn add(&mut self, ino: Ino, cookie: u64, kind: u8, name: &[u8]) {
         let len = u32::try_from(name.len()).unwrap_or(0);
         let head = Out::default().u64(ino).u64(cookie).u32(len);
         self.bytes

@@ -16,6 +16,7 @@
 //! | `mounts.rs` | what /proc/self/mountinfo says |
 //! | `session.rs` | from a mounted core to a served mount point |
 //! | `stats.rs` | what is counted |
+//! | `transport.rs` | the transport without a file system: for the null server of `fs/examples` |
 //! | `bench.rs`, `fuzzing.rs` | for tests: a front end without a kernel, and a mad kernel |
 //!
 //! The transport is our own, because no library knows all requests that Linux sends (TMPFILE,
@@ -46,6 +47,7 @@ mod protocol;
 mod reply;
 mod session;
 mod stats;
+pub mod transport;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;

@@ -27,13 +27,13 @@ pub(super) const WRITE_HEADERS: usize = IN_HEADER + 40;
 pub(super) const OUT_HEADER: usize = 16;
 /// Largest READ and WRITE, in bytes: 256 pages, the kernel's default limit
 /// (fs.fuse.max_pages_limit).
-pub(super) const REQUEST_BYTES_MAX: usize = 1 << 20;
+pub const REQUEST_BYTES_MAX: usize = 1 << 20;
 
 macro_rules! opcodes {
     ($($name:ident = $number:literal, $text:literal;)*) => {
         /// What a request asks for.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub(super) enum Opcode { $($name,)* }
+        pub enum Opcode { $(#[doc = $text] $name,)* }
 
         impl Opcode {
             /// Names for people, in the order of the enumeration.
@@ -132,11 +132,15 @@ pub(super) mod setattr_valid {
 }
 
 /// How an open file is to be treated by the kernel (FOPEN_*).
-pub(super) mod open_reply {
-    pub(in crate::fuse) const DIRECT_IO: u32 = 1 << 0;
-    pub(in crate::fuse) const KEEP_CACHE: u32 = 1 << 1;
-    pub(in crate::fuse) const NOFLUSH: u32 = 1 << 5;
-    pub(in crate::fuse) const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
+pub mod open_reply {
+    /// Reads and writes go past the kernel's page cache.
+    pub const DIRECT_IO: u32 = 1 << 0;
+    /// What the kernel has of the file stays valid.
+    pub const KEEP_CACHE: u32 = 1 << 1;
+    /// Closing it sends no FLUSH.
+    pub const NOFLUSH: u32 = 1 << 5;
+    /// Several writers at a time, with `DIRECT_IO`.
+    pub const PARALLEL_DIRECT_WRITES: u32 = 1 << 6;
 }
 
 /// FSYNC: the data only (FUSE_FSYNC_FDATASYNC).
@@ -154,7 +158,7 @@ pub(super) const NOTIFY_INVAL_INODE: i32 = 2;
 
 /// A request that is shorter than it must be, or has a name without an end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Malformed;
+pub struct Malformed;
 
 /// The header of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,7 +203,7 @@ impl InHeader {
 
 /// The arguments of a request, read from the front.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Args<'a>(&'a [u8]);
+pub struct Args<'a>(&'a [u8]);
 
 impl<'a> Args<'a> {
     fn take<const N: usize>(&mut self) -> Result<[u8; N], Malformed> {
@@ -209,23 +213,23 @@ impl<'a> Args<'a> {
     }
 
     /// A field of 32 bits.
-    pub(super) fn u32(&mut self) -> Result<u32, Malformed> {
+    pub fn u32(&mut self) -> Result<u32, Malformed> {
         self.take().map(u32::from_ne_bytes)
     }
 
     /// A field of 64 bits.
-    pub(super) fn u64(&mut self) -> Result<u64, Malformed> {
+    pub fn u64(&mut self) -> Result<u64, Malformed> {
         self.take().map(u64::from_ne_bytes)
     }
 
     /// Fields that do not matter.
-    pub(super) fn skip(&mut self, bytes: usize) -> Result<(), Malformed> {
+    pub fn skip(&mut self, bytes: usize) -> Result<(), Malformed> {
         self.0 = self.0.get(bytes..).ok_or(Malformed)?;
         Ok(())
     }
 
     /// A name that ends with a zero byte.
-    pub(super) fn name(&mut self) -> Result<&'a [u8], Malformed> {
+    pub fn name(&mut self) -> Result<&'a [u8], Malformed> {
         let end = self.0.iter().position(|&byte| byte == 0);
         let end = end.ok_or(Malformed)?;
         let (name, rest) = self.0.split_at(end);
@@ -234,7 +238,7 @@ impl<'a> Args<'a> {
     }
 
     /// The next `len` bytes.
-    pub(super) fn bytes(&mut self, len: usize) -> Result<&'a [u8], Malformed> {
+    pub fn bytes(&mut self, len: usize) -> Result<&'a [u8], Malformed> {
         let (bytes, rest) = self.0.split_at_checked(len).ok_or(Malformed)?;
         self.0 = rest;
         Ok(bytes)

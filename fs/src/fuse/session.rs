@@ -107,8 +107,11 @@ impl Mounted {
                         let spare = thread::Builder::new()
                             .name("braidfs-spare".into())
                             .spawn_scoped(scope, move || {
-                                let served =
-                                    serve_channel(&shared, &blocking, &own_channel(&shared));
+                                let served = serve_channel(
+                                    &shared,
+                                    &blocking,
+                                    &own_channel(&shared.channel),
+                                );
                                 debug!("a spare thread ends: {served:?}");
                             });
                         spare.is_ok()
@@ -123,7 +126,7 @@ impl Mounted {
                 let worker = thread::Builder::new()
                     .name(format!("braidfs-fuse{number}"))
                     .spawn_scoped(scope, move || {
-                        serve_channel(&shared, &blocking, &own_channel(&shared))
+                        serve_channel(&shared, &blocking, &own_channel(&shared.channel))
                     });
                 match worker {
                     Ok(worker) => workers.push(worker),
@@ -145,12 +148,12 @@ impl Mounted {
 }
 
 /// A channel for one thread; the common one where the device cannot be opened again.
-fn own_channel(shared: &Shared) -> Arc<Channel> {
-    match attach::clone_connection(shared.channel.descriptor()) {
+pub(super) fn own_channel(first: &Arc<Channel>) -> Arc<Channel> {
+    match attach::clone_connection(first.descriptor()) {
         Ok(descriptor) => Arc::new(Channel::new(descriptor)),
         Err(error) => {
             debug!("threads share one descriptor of the connection: {error}");
-            Arc::clone(&shared.channel)
+            Arc::clone(first)
         }
     }
 }
@@ -207,7 +210,7 @@ impl MountHandle {
 }
 
 /// The kernel reads 128 KiB ahead on FUSE unless told otherwise. Needs root; best effort.
-fn raise_read_ahead((major, minor): (u32, u32)) {
+pub(super) fn raise_read_ahead((major, minor): (u32, u32)) {
     let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
     if let Err(error) = std::fs::write(&path, READ_AHEAD_KB.to_string()) {
         debug!("readahead stays as it is, {path}: {error}");
