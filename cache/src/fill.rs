@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 
 use crate::arena::Frame;
 use crate::folio::{Bit, inside};
-use crate::frame_vec::{FrameVec, Lender};
+use crate::frame_vec::{FrameVec, Frames, Lender};
 use crate::space::{SpaceInner, part_of};
 use crate::units::mem;
 use crate::{AddressSpace, CacheError, MapOut, PageRange, SegmentKind};
@@ -96,7 +96,7 @@ impl AddressSpace {
                 Ok(extents) => fills.extend(self.prepare(plan, extents, out.crcs)),
                 Err(error) => {
                     let all = [(plan.pages, error)];
-                    self.put_in_place(plan.base, plan.frames, plan.pages, &all);
+                    self.put_in_place(plan.base, plan.frames.into(), plan.pages, &all);
                 }
             }
         }
@@ -180,7 +180,7 @@ impl AddressSpace {
     fn put_in_place(
         &self,
         base: u64,
-        frames: Vec<Frame>,
+        frames: Frames,
         pages: PageRange,
         failed: &[(PageRange, CacheError)],
     ) {
@@ -299,7 +299,7 @@ impl Fill {
             failed.push((self.pages, error));
             return self
                 .space
-                .put_in_place(self.base, Vec::new(), self.pages, &failed);
+                .put_in_place(self.base, Frames::new(), self.pages, &failed);
         };
         let bad = self.mismatches(&frames, &failed);
         if bad.is_empty() {
@@ -366,7 +366,7 @@ impl Fill {
     /// On the helper thread: looks for a copy of each bad block that matches.
     fn repair(
         &self,
-        mut frames: Vec<Frame>,
+        mut frames: Frames,
         bad: Vec<(u64, VolBlock, u32)>,
         mut failed: Vec<(PageRange, CacheError)>,
     ) {

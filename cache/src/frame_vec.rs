@@ -12,19 +12,23 @@ use smallvec::SmallVec;
 
 use crate::arena::Frame;
 
+/// Often one large frame.
+pub(crate) type Frames = SmallVec<[Frame; 1]>;
+
 /// Page-aligned private pages of the cache's arena. Moves into a kiobuf as its page vector and
 /// comes back from the completion by [`FrameVec::from_pages`]; [`FrameVec::lend`] cuts it into
 /// several page vectors.
 pub struct FrameVec {
     /// Each the only handle to its frame; no clone is ever made.
-    frames: Vec<Frame>,
-    runs: Vec<PageRun>,
+    frames: Frames,
+    runs: SmallVec<[PageRun; 1]>,
     len: usize,
 }
 
 impl FrameVec {
     /// `frames` were just allocated; `len` bytes of them are of use.
-    pub(crate) fn new(mut frames: Vec<Frame>, len: usize) -> Self {
+    pub(crate) fn new(frames: impl Into<Frames>, len: usize) -> Self {
+        let mut frames = frames.into();
         assert!(
             frames.iter_mut().all(|frame| frame.get_mut().is_some()),
             "frames are private"
@@ -67,6 +71,14 @@ impl FrameVec {
         })
     }
 
+    /// All of it as one piece, where it is one.
+    pub fn as_single(&self) -> Option<&[u8]> {
+        match self.frames.as_slice() {
+            [frame] => Some(&frame.bytes()[..self.len]),
+            _ => None,
+        }
+    }
+
     /// Sets pages `first..first + count` to zero.
     pub(crate) fn zero_pages(&mut self, first: usize, count: usize) {
         let (mut from, mut left) = (first * PAGE_SIZE, count * PAGE_SIZE);
@@ -84,7 +96,7 @@ impl FrameVec {
         }
     }
 
-    pub(crate) fn into_frames(self) -> Vec<Frame> {
+    pub(crate) fn into_frames(self) -> Frames {
         self.frames
     }
 

@@ -64,6 +64,7 @@ pub use frame_vec::{FrameVec, Lender};
 pub use read::ReadDone;
 pub use read_data::ReadData;
 pub use readahead::ReadaheadState;
+pub use reclaim::LANDING_BYTES;
 pub use space::{AddressSpace, WriteOutcome, WriteResult};
 pub use stats::CacheStats;
 pub use units::PageRange;

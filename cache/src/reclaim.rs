@@ -21,6 +21,8 @@ const ROOM_EXTRA: u64 = 256;
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 /// Tries for a large frame before smaller ones will do.
 const LARGE_TRIES: u32 = 3;
+/// Length of what [`Cache::alloc_landing`] gives, in bytes: the largest folio.
+pub const LANDING_BYTES: usize = PAGE_SIZE << ORDER_MAX;
 /// Part of the arena that direct I/O may have.
 const PRIVATE_SHARE: u64 = 2;
 
@@ -137,6 +139,19 @@ impl Cache {
             // What was got is given back before waiting, so that two cannot starve each other.
             self.wait_for_frames(pages, ticket, deadline).ok()?;
         }
+    }
+
+    /// One private piece of `LANDING_BYTES`, for something to come to lie in that
+    /// [`AddressSpace::adopt`] may take over. Never waits; `None` if memory is short.
+    ///
+    /// [`AddressSpace::adopt`]: crate::AddressSpace::adopt
+    pub fn alloc_landing(&self) -> Option<FrameVec> {
+        let class = SpaceClass::Data;
+        let frame = self.arena.try_alloc(ORDER_MAX, class).or_else(|| {
+            self.evict(1 << ORDER_MAX);
+            self.arena.try_alloc(ORDER_MAX, class)
+        })?;
+        Some(FrameVec::new([frame], LANDING_BYTES))
     }
 
     fn try_private(&self, first: u64, pages: u64) -> Option<Vec<Frame>> {

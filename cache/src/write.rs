@@ -67,7 +67,7 @@ impl AddressSpace {
     }
 
     /// Takes private pages over as the pages from `page` on: no byte is copied where none of them
-    /// is cached. `frames` are whole pages, from [`Cache::alloc_private_at`] for this page.
+    /// is cached, or a whole folio of them is. `frames` are whole pages, from [`Cache::alloc_private_at`] for this page.
     ///
     /// [`Cache::alloc_private_at`]: crate::Cache::alloc_private_at
     pub fn adopt(self: &Arc<Self>, page: u64, frames: FrameVec) -> WriteResult {
@@ -75,20 +75,16 @@ impl AddressSpace {
         let (mut at, end) = (page, page + (frames.len() / PAGE_SIZE) as u64);
         for frame in frames.into_frames() {
             let count = (end - at).min(1 << frame.order());
-            let whole = PageRange {
-                start: at,
-                end: at + (1 << frame.order()),
+            let left = match self.adopt_whole(at, count, frame) {
+                Ok(new) => {
+                    outcome.newly_dirty_pages += new;
+                    None
+                }
+                Err(frame) => Some(frame),
             };
-            let mut inner = self.inner.write();
-            if inner.is_room(whole) && at.is_multiple_of(whole.count()) && count == whole.count() {
-                self.insert(&mut inner, at, frame.order(), Some(frame))
-                    .touched(0, mem(count * PAGE));
-                outcome.newly_dirty_pages += self.mark_dirty(&mut inner, at, 0, mem(count));
-            } else {
-                drop(inner);
-                // Somebody read it meanwhile.
-                let bytes = &frame.bytes()[..mem(count * PAGE)];
-                match self.write(at * PAGE, bytes) {
+            // Something else is cached there.
+            if let Some(frame) = left {
+                match self.write(at * PAGE, &frame.bytes()[..mem(count * PAGE)]) {
                     Ok(more) => outcome.newly_dirty_pages += more.newly_dirty_pages,
                     Err((error, more)) => {
                         outcome.newly_dirty_pages += more.newly_dirty_pages;
@@ -99,6 +95,34 @@ impl AddressSpace {
             at += count;
         }
         Ok(outcome)
+    }
+
+    /// Makes a private frame the folio at `page`, or the new frame of the folio that is there, if
+    /// all of its `count` pages are of use. Gives how many became dirty; else the frame.
+    fn adopt_whole(&self, page: u64, count: u64, frame: Frame) -> Result<u64, Frame> {
+        let whole = PageRange {
+            start: page,
+            end: page + (1 << frame.order()),
+        };
+        if count < whole.count() || !page.is_multiple_of(whole.count()) {
+            return Err(frame);
+        }
+        // Dropped after the lock.
+        let _old;
+        let mut inner = self.inner.write();
+        if let Some(folio) = inner.folios.get_mut(&page) {
+            if folio.order != frame.order() || folio.any(Bit::Reading) || folio.frame.is_none() {
+                return Err(frame);
+            }
+            _old = folio.frame.replace(frame);
+            folio.touched(0, mem(count * PAGE));
+        } else if inner.is_room(whole) {
+            self.insert(&mut inner, page, frame.order(), Some(frame))
+                .touched(0, mem(count * PAGE));
+        } else {
+            return Err(frame);
+        }
+        Ok(self.mark_dirty(&mut inner, page, 0, mem(count)))
     }
 
     fn write_from(self: &Arc<Self>, offset: u64, len: u64, source: Source<'_>) -> WriteResult {

@@ -123,7 +123,7 @@ impl FileSystem {
         let mut copied = 0;
         for slice in reply.slices() {
             let flags = WriteFlags::default();
-            let count = match self.write_cached(to.file, to.offset + copied, slice, flags) {
+            let count = match self.write_cached(to.file, to.offset + copied, slice.into(), flags) {
                 Ok(count) => u64::from(count),
                 Err(_) if copied > 0 => break,
                 Err(error) => return Err(error),

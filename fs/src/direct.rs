@@ -171,7 +171,7 @@ impl FileSystem {
     ) -> Result<u32, Errno> {
         let mut done = 0;
         for slice in frames.slices() {
-            match self.write_cached(file, offset + u64::from(done), slice, flags) {
+            match self.write_cached(file, offset + u64::from(done), slice.into(), flags) {
                 Ok(count) => done += count,
                 Err(_) if done > 0 => break,
                 Err(error) => return Err(error),

@@ -47,6 +47,19 @@ impl OpenFile {
         self.flags
     }
 
+    /// Notes that a cache in front of the core reads pages of the inode.
+    pub fn note_cached_in_front(&self) {
+        let noted = &self.inode.cached_in_front;
+        if !noted.load(Ordering::Relaxed) {
+            noted.store(true, Ordering::SeqCst);
+        }
+    }
+
+    /// Whether a cache in front of the core may have pages that it read.
+    pub fn is_cached_in_front(&self) -> bool {
+        self.inode.cached_in_front.load(Ordering::SeqCst)
+    }
+
     /// Whether anybody has the inode open for writing, so that a cache in front of the core may
     /// hold bytes that it does not know of.
     pub fn has_writers(&self) -> bool {
@@ -121,6 +134,53 @@ impl ReadReply {
             }
         }
     }
+}
+
+/// What a write brings.
+pub enum WriteData<'a> {
+    /// Bytes, to be copied.
+    Bytes(&'a [u8]),
+    /// Bytes at the beginning of private pages, of [`FileSystem::alloc_landing`]. If they are all
+    /// of these pages, the pages may be taken over, and nothing is left here.
+    Landed(&'a mut Option<FrameVec>, usize),
+}
+
+impl<'a> From<&'a [u8]> for WriteData<'a> {
+    fn from(bytes: &'a [u8]) -> Self {
+        Self::Bytes(bytes)
+    }
+}
+
+impl WriteData<'_> {
+    /// The bytes; none once the pages have been taken over.
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Landed(frames, len) => {
+                let landed = frames.as_ref().and_then(FrameVec::as_single);
+                landed.and_then(|bytes| bytes.get(..*len)).unwrap_or(&[])
+            }
+        }
+    }
+
+    /// Takes the pages over, if the bytes are all of them.
+    fn take_pages(&mut self) -> Option<FrameVec> {
+        match self {
+            Self::Landed(frames, len) => frames.take_if(|frames| frames.len() == *len),
+            Self::Bytes(_) => None,
+        }
+    }
+}
+
+/// Pages with these bytes in them, which are as many.
+fn filled(mut frames: FrameVec, bytes: &[u8]) -> FrameVec {
+    let mut rest = bytes;
+    for slice in frames.slices_mut() {
+        let (now, later) = rest.split_at(slice.len().min(rest.len()));
+        slice[..now.len()].copy_from_slice(now);
+        rest = later;
+    }
+    frames
 }
 
 /// The first `len` bytes.
@@ -275,31 +335,39 @@ impl FileSystem {
         space.read(offset, len, &file.readahead, size, Box::new(done));
     }
 
+    /// Pages of [`LANDING_BYTES`] for the data of a write to come to lie in; `None` if memory is
+    /// short.
+    ///
+    /// [`LANDING_BYTES`]: braidfs_cache::LANDING_BYTES
+    pub fn alloc_landing(&self) -> Option<FrameVec> {
+        self.cache.alloc_landing()
+    }
+
     /// Writes `data` at `offset`. Reserves space first, so that a full volume is this call's
     /// error.
-    pub fn write(
+    pub fn write<'a>(
         &self,
         file: &Arc<OpenFile>,
         offset: u64,
-        data: &[u8],
+        data: impl Into<WriteData<'a>>,
         direct: bool,
         flags: WriteFlags,
         done: WriteDone,
     ) {
+        let mut data = data.into();
+        let len = data.bytes().len();
         let written = if direct
-            && data.len() >= DIRECT_BYTES_MIN
+            && len >= DIRECT_BYTES_MIN
             && offset.is_multiple_of(PAGE)
-            && (data.len() as u64).is_multiple_of(PAGE)
+            && (len as u64).is_multiple_of(PAGE)
         {
-            self.alloc_pages(data.len()).and_then(|mut frames| {
-                let mut rest = data;
-                for slice in frames.slices_mut() {
-                    let (now, later) = rest.split_at(slice.len());
-                    slice.copy_from_slice(now);
-                    rest = later;
-                }
-                self.write_pages(file, offset, frames, flags)
-            })
+            let pages = match data.take_pages() {
+                Some(frames) => Ok(frames),
+                None => self
+                    .alloc_pages(len)
+                    .map(|frames| filled(frames, data.bytes())),
+            };
+            pages.and_then(|frames| self.write_pages(file, offset, frames, flags))
         } else {
             self.write_cached(file, offset, data, flags)
         };
@@ -346,13 +414,14 @@ impl FileSystem {
         &self,
         file: &Arc<OpenFile>,
         offset: u64,
-        data: &[u8],
+        mut data: WriteData<'_>,
         flags: WriteFlags,
     ) -> Result<u32, Errno> {
-        self.check_write(file, offset, data.len(), flags)?;
+        let len = data.bytes().len();
+        self.check_write(file, offset, len, flags)?;
         let mut done = 0;
-        while done < data.len() {
-            match self.write_piece(file, offset + done as u64, &data[done..], flags) {
+        while done < len {
+            match self.write_piece(file, offset, &mut data, done, flags) {
                 Ok(count) => done += count,
                 Err(_) if done > 0 && !flags.from_kernel_cache => break,
                 Err(error) => return Err(error),
@@ -361,15 +430,19 @@ impl FileSystem {
         Ok(u32::try_from(done).expect("bounded by IO_BYTES_MAX"))
     }
 
-    /// Writes as much of `data`, which is not empty, as blocks can be set aside for at once.
+    /// Writes as much of `data`, whose first `done` bytes are written, and not all, as blocks can
+    /// be set aside for at once. `offset` is where the whole belongs.
     fn write_piece(
         &self,
         file: &Arc<OpenFile>,
         offset: u64,
-        data: &[u8],
+        data: &mut WriteData<'_>,
+        done: usize,
         flags: WriteFlags,
     ) -> Result<usize, Errno> {
-        let pages = PageRange::covering(offset, data.len() as u64).ok_or(Errno::FBIG)?;
+        let offset = offset + done as u64;
+        let left = data.bytes().len() - done;
+        let pages = PageRange::covering(offset, left as u64).ok_or(Errno::FBIG)?;
         let inode = &file.inode;
         self.cache.balance_dirty();
         self.balance_group()?;
@@ -379,11 +452,11 @@ impl FileSystem {
             start: pages.start,
             end: pages.start + count,
         };
-        let data = match usize::try_from(pages.end * PAGE - offset) {
-            Ok(len) if len < data.len() => &data[..len],
-            _ => data,
+        let len = match usize::try_from(pages.end * PAGE - offset) {
+            Ok(len) if len < left => len,
+            _ => left,
         };
-        let end = offset + data.len() as u64;
+        let end = offset + len as u64;
         let pass = self.gate.enter();
         let range = inode.ranges.shared(offset, end);
         if room == Room::Rewrite && self.is_mapped(inode, pages) != Ok(true) {
@@ -391,7 +464,16 @@ impl FileSystem {
             self.space.unreserve(count);
             return Ok(0);
         }
-        let result = self.pages(inode).write(offset, data);
+        let landed = if done == 0 && len == left && offset.is_multiple_of(PAGE) {
+            data.take_pages()
+        } else {
+            None
+        };
+        let space = self.pages(inode);
+        let result = match landed {
+            Some(frames) => space.adopt(pages.start, frames),
+            None => space.write(offset, &data.bytes()[done..done + len]),
+        };
         let (outcome, error) = match result {
             Ok(outcome) => (outcome, None),
             Err((error, outcome)) => (outcome, Some(error)),
@@ -402,7 +484,7 @@ impl FileSystem {
         }
         self.note_written(inode, end, flags);
         drop((range, pass));
-        Ok(data.len())
+        Ok(len)
     }
 
     /// Size, times and set-id bits after a write that ended at `end`.

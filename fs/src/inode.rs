@@ -57,6 +57,8 @@ pub(crate) struct Inode {
     pub changed_in: AtomicU64,
     /// When a write from a cache in front found no room, and how many blocks were free then.
     pub no_room: Mutex<Option<(Instant, u64)>>,
+    /// A cache in front has, or once had, pages that it read.
+    pub cached_in_front: AtomicBool,
     /// When flags were last set (chattr), which a kernel that keeps times itself does not notice.
     pub flags_set: Mutex<Timestamp>,
     /// Certainly has no file capabilities, so that a write need not look. Changes under `map`.
@@ -83,6 +85,7 @@ impl Inode {
             truncating: AtomicU64::new(u64::MAX),
             changed_in: AtomicU64::new(0),
             no_room: Mutex::default(),
+            cached_in_front: AtomicBool::new(false),
             flags_set: Mutex::default(),
             no_capabilities: AtomicBool::new(false),
         })

@@ -42,7 +42,7 @@ mod xattr;
 
 pub use alloc::SpaceStats;
 pub use commit::TxgStats;
-pub use file::{IO_BYTES_MAX, OpenFile, ReadDone, ReadReply, WriteDone};
+pub use file::{IO_BYTES_MAX, OpenFile, ReadDone, ReadReply, WriteData, WriteDone};
 pub use filesystem::{FileSystem, FsStats, MountError, format};
 pub use flags::{
     FLAG_APPEND, FLAG_DIRSYNC, FLAG_IMMUTABLE, FLAG_NOATIME, FLAG_NODUMP, FLAG_NOTAIL, FLAG_SYNC,

@@ -156,7 +156,7 @@ impl Images {
         let at = number * MIB % bytes;
         let flags = WriteFlags::default();
         self.fs
-            .write(&self.file, at, &self.data, direct, flags, done);
+            .write(&self.file, at, self.data.as_slice(), direct, flags, done);
     }
 
     fn read(&self, number: u64, len: u64, direct: bool) {

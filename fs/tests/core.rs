@@ -4,8 +4,11 @@
 mod common;
 
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 
-use braidfs::{Errno, ROOT_INO, SetAttr, SetTime, Timestamp};
+use braidfs::{
+    Errno, FileSystem, OpenFile, ROOT_INO, SetAttr, SetTime, Timestamp, WriteData, WriteFlags,
+};
 use common::*;
 
 const MIB: usize = 1 << 20;
@@ -543,4 +546,87 @@ fn metadata_that_fills_the_volume_is_enospc_and_deletion_still_works() {
     }
     fs.unmount().unwrap();
     assert_eq!(check(&devices).inodes, 2 + half as u64);
+}
+
+/// Writes `data` as it comes from a transport: at the beginning of pages of the cache. Whether the
+/// pages were taken over.
+fn write_landed(fs: &FileSystem, file: &Arc<OpenFile>, at: u64, data: &[u8], direct: bool) -> bool {
+    let mut landing = Some(fs.alloc_landing().expect("memory"));
+    let pages = landing.as_mut().and_then(|pages| pages.slices_mut().next());
+    pages.expect("one piece")[..data.len()].copy_from_slice(data);
+    let (sender, receiver) = sync_channel(1);
+    let done = Box::new(move |result| sender.send(result).expect("the test waits"));
+    let landed = WriteData::Landed(&mut landing, data.len());
+    fs.write(file, at, landed, direct, WriteFlags::default(), done);
+    let written = receiver.recv_timeout(PATIENCE).expect("the write ends");
+    assert_eq!(written, Ok(data.len() as u32));
+    landing.is_none()
+}
+
+#[test]
+fn pages_that_data_landed_on_become_the_files() {
+    const FILE: usize = 6 * MIB;
+    let devices = devices(3, 64 << 20);
+    format(&devices);
+    let fs = mount(&devices);
+    let file = create(&fs, ROOT_INO, "file");
+    let mut wanted = vec![0; FILE];
+    let mut taken = 0;
+    for step in 0..300_u64 {
+        let random = u64::from_le_bytes(pattern(step + 1, 8).try_into().unwrap());
+        let pick = |shift: u32, below: usize| (random >> shift) as usize % below;
+        let at = match pick(0, 4) {
+            0 => pick(8, FILE - MIB),
+            1 => pick(8, FILE / 4096 - 256) * 4096,
+            _ => pick(8, 6) * MIB,
+        };
+        let len = match pick(32, 4) {
+            0 => 1 + pick(36, MIB),
+            _ => MIB,
+        };
+        let data = pattern(random, len);
+        let direct = pick(2, 3) == 0;
+        // A reader keeps what it has, whatever is written meanwhile.
+        let pinned = at / MIB * MIB;
+        let (sender, receiver) = sync_channel(1);
+        let done = Box::new(move |reply| sender.send(reply).unwrap_or_default());
+        fs.read(&file, pinned as u64, MIB, false, done);
+        let before = receiver
+            .recv_timeout(PATIENCE)
+            .expect("an end")
+            .expect("a read");
+        let was_taken = write_landed(&fs, &file, at as u64, &data, direct);
+        assert!(
+            !was_taken || len == MIB && at.is_multiple_of(4096),
+            "step {step}"
+        );
+        taken += u32::from(was_taken);
+        let bytes = before.slices().collect::<Vec<_>>().concat();
+        assert!(
+            bytes == wanted[pinned..pinned + bytes.len()],
+            "step {step}: pinned"
+        );
+        drop(before);
+        wanted[at..at + len].copy_from_slice(&data);
+        match pick(40, 8) {
+            0 => write(&fs, &file, at as u64, &data[..1]),
+            1 => fs.fsync(&file, false).unwrap(),
+            _ => {}
+        }
+        let size = fs.getattr(file.ino()).unwrap().size as usize;
+        assert!(read(&fs, &file, 0, FILE) == wanted[..size], "step {step}");
+    }
+    assert!(taken > 50, "only {taken} were taken over");
+    let size = fs.getattr(file.ino()).unwrap().size as usize;
+    fs.release(&file);
+    fs.unmount().unwrap();
+    check(&devices);
+    let fs = mount(&devices);
+    let file = open(&fs, "file");
+    assert!(
+        read(&fs, &file, 0, FILE) == wanted[..size],
+        "after a remount"
+    );
+    fs.release(&file);
+    fs.unmount().unwrap();
 }

@@ -20,7 +20,7 @@ const LONG_AGO: Timestamp = Timestamp { secs: 1, nanos: 2 };
 fn write_as(fs: &FileSystem, file: &std::sync::Arc<braidfs::OpenFile>, flags: WriteFlags) {
     let (sender, receiver) = sync_channel(1);
     let done = Box::new(move |result| sender.send(result).expect("the test waits"));
-    fs.write(file, 0, b"bytes", false, flags, done);
+    fs.write(file, 0, &b"bytes"[..], false, flags, done);
     assert_eq!(receiver.recv().expect("the write ends"), Ok(5));
 }
 

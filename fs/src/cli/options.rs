@@ -68,7 +68,7 @@ impl ParsedOptions {
                 cache_bytes: cache_default(),
                 ..MountOptions::default()
             },
-            cache_mode: CacheMode::Direct,
+            cache_mode: CacheMode::Kernel,
             threads: fuse::threads_default(),
             timeout: fuse::TIMEOUT_DEFAULT,
             answer_time_max: ANSWER_TIME_DEFAULT,
@@ -383,7 +383,7 @@ mod tests {
     fn nothing_given() {
         let parsed = parse("").unwrap();
         assert!(!parsed.core.read_only);
-        assert_eq!(parsed.cache_mode, CacheMode::Direct);
+        assert_eq!(parsed.cache_mode, CacheMode::Kernel);
         assert!(parsed.core.cache_bytes >= CACHE_DEFAULT_MIN);
         assert!(parsed.flags.is_empty());
     }

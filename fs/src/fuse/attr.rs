@@ -215,7 +215,7 @@ mod tests {
             .as_slice()
             .to_vec();
         request.extend_from_slice(bytes);
-        let (_, mut args) = InHeader::split(&request).unwrap();
+        let (_, mut args) = InHeader::split(&request, 0).unwrap();
         let set = setattr_in(&mut args).unwrap();
         assert!(matches!(set.atime, Some(SetTime::Now)));
         let expected = Timestamp {

@@ -89,7 +89,7 @@ impl Bench {
         let mut request = header.zeros(16).as_slice().to_vec();
         request.extend_from_slice(args);
         let channel = &self.shared.channel;
-        dispatch(&self.shared, &self.blocking, channel, &request);
+        dispatch(&self.shared, &self.blocking, channel, &request, None);
         let unanswered = [Opcode::Forget, Opcode::BatchForget, Opcode::Interrupt];
         if Opcode::from_wire(opcode).is_some_and(|opcode| unanswered.contains(&opcode)) {
             return 0;

@@ -4,16 +4,17 @@
 //! A request must be answered through the descriptor that it was read from. Replies come from any
 //! thread: one writev(2) each, straight from the pages that they carry.
 
-use std::io::IoSlice;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use braidfs_cache::FrameVec;
 use log::debug;
 use nix::errno::Errno;
-use nix::sys::uio::writev;
+use nix::sys::uio::{readv, writev};
 use smallvec::SmallVec;
 
 use super::protocol::{
-    NOTIFY_INVAL_INODE, Out, REQUEST_BYTES_MAX, WRITE_HEADERS, notify_header, out_header,
+    InHeader, NOTIFY_INVAL_INODE, Out, REQUEST_BYTES_MAX, WRITE_HEADERS, notify_header, out_header,
 };
 
 /// Pieces of a reply that need no allocation: its header, and 1 MiB in single pages that does not
@@ -48,7 +49,7 @@ impl Channel {
     /// Waits for the next request.
     pub(super) fn receive(&self, buffer: &mut RequestBuffer) -> Result<Received, Errno> {
         loop {
-            match nix::unistd::read(self.0.as_fd(), buffer.space()) {
+            match buffer.fill(self.0.as_fd()) {
                 Ok(len) => return Ok(Received::Request(len)),
                 // ENOENT: the request was taken back while it was handed over.
                 Err(Errno::EINTR | Errno::EAGAIN | Errno::ENOENT) => {}
@@ -124,11 +125,15 @@ impl Channel {
 /// The length of all pages from an offset on.
 pub(super) const TO_THE_END: u64 = 0;
 
-/// Where a thread reads requests. The payload of a WRITE comes to lie at a page border.
+/// Where a thread reads requests: the payload of a WRITE to a page border, and, where the cache
+/// gave a page to land on, into the very memory that it may then take over.
 pub(super) struct RequestBuffer {
     memory: Vec<u8>,
     /// Where requests begin in `memory`.
     start: usize,
+    landing: Option<FrameVec>,
+    /// The request that was read last has its payload in `landing`.
+    is_landed: bool,
 }
 
 impl RequestBuffer {
@@ -143,32 +148,115 @@ impl RequestBuffer {
             payload + PAGE
         };
         let start = payload.saturating_sub(WRITE_HEADERS);
-        Self { memory, start }
+        Self {
+            memory,
+            start,
+            landing: None,
+            is_landed: false,
+        }
     }
 
-    fn space(&mut self) -> &mut [u8] {
-        let end = self.start + WRITE_HEADERS + REQUEST_BYTES_MAX;
-        &mut self.memory[self.start..end]
+    /// Takes a piece of `REQUEST_BYTES_MAX` for payloads, if the last one was taken away.
+    pub(super) fn land_on(&mut self, alloc: impl FnOnce() -> Option<FrameVec>) {
+        if self.landing.is_none() {
+            self.landing = alloc().filter(|frames| frames.len() == REQUEST_BYTES_MAX);
+        }
     }
 
-    /// The first `len` bytes: the request that was read last.
-    pub(super) fn request(&self, len: usize) -> &[u8] {
-        &self.memory[self.start..self.start + len]
+    /// Reads one request; gives its length.
+    fn fill(&mut self, from: BorrowedFd<'_>) -> Result<usize, Errno> {
+        self.is_landed = false;
+        let memory = &mut self.memory[self.start..];
+        let (head, rest) = memory.split_at_mut(WRITE_HEADERS);
+        let Some(payload) = self.landing.as_mut().and_then(|to| to.slices_mut().next()) else {
+            let space = &mut self.memory[self.start..][..WRITE_HEADERS + REQUEST_BYTES_MAX];
+            return nix::unistd::read(from, space);
+        };
+        let len = readv(from, &mut [IoSliceMut::new(head), IoSliceMut::new(payload)])?;
+        if let Some(behind) = len.checked_sub(WRITE_HEADERS) {
+            self.is_landed = InHeader::is_write(head);
+            if !self.is_landed {
+                rest[..behind].copy_from_slice(&payload[..behind]);
+            }
+        }
+        Ok(len)
     }
+
+    /// The request of `len` bytes that was read last; of a WRITE whose payload lies apart, what is
+    /// in front of that, and the payload.
+    pub(super) fn request(&mut self, len: usize) -> (&[u8], Option<Landed<'_>>) {
+        let memory = &self.memory[self.start..];
+        if !self.is_landed {
+            return (&memory[..len], None);
+        }
+        let landed = Landed {
+            pages: &mut self.landing,
+            len: len - WRITE_HEADERS,
+        };
+        (&memory[..WRITE_HEADERS], Some(landed))
+    }
+}
+
+/// The payload of a WRITE, at the beginning of pages that may be taken away.
+pub(super) struct Landed<'a> {
+    pub pages: &'a mut Option<FrameVec>,
+    /// Bytes.
+    pub len: usize,
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
+    use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
+
     use super::*;
 
     #[test]
     fn payloads_lie_at_page_borders() {
         for _ in 0..8 {
             let mut buffer = RequestBuffer::new();
-            assert_eq!(buffer.space().len(), WRITE_HEADERS + REQUEST_BYTES_MAX);
-            let payload = buffer.request(WRITE_HEADERS + 1)[WRITE_HEADERS..].as_ptr();
+            let (request, _) = buffer.request(WRITE_HEADERS + REQUEST_BYTES_MAX);
+            let payload = request[WRITE_HEADERS..].as_ptr();
             assert_eq!(payload.align_offset(PAGE), 0);
         }
+    }
+
+    #[test]
+    fn payloads_of_writes_land_and_other_requests_are_in_one_piece() {
+        let bench = super::super::bench::Bench::new();
+        let (ours, kernel) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap();
+        let channel = Channel::new(ours);
+        let mut buffer = RequestBuffer::new();
+        let payload: Vec<u8> = (0..100_000_u32).map(|n| (n % 251) as u8).collect();
+        for (opcode, lands) in [(16, true), (21, false)] {
+            for len in [0, 1, WRITE_HEADERS, WRITE_HEADERS + 1, payload.len()] {
+                buffer.land_on(|| bench.shared.fs.alloc_landing());
+                let head = Out::default().u32(0).u32(opcode);
+                let mut request = head.as_slice().to_vec();
+                request.extend_from_slice(&payload);
+                request.truncate(len);
+                nix::sys::socket::send(kernel.as_raw_fd(), &request, MsgFlags::empty()).unwrap();
+                let Ok(Received::Request(received)) = channel.receive(&mut buffer) else {
+                    panic!("no request of {len} bytes");
+                };
+                assert_eq!(received, len);
+                let (bytes, landed) = buffer.request(len);
+                let apart = landed.as_ref().map_or(0, |landed| landed.len);
+                assert_eq!(apart > 0, lands && len > WRITE_HEADERS, "{len} bytes");
+                let tail = landed.and_then(|landed| landed.pages.take());
+                let tail = tail.as_ref().and_then(FrameVec::as_single).unwrap_or(&[]);
+                assert!([bytes, &tail[..apart]].concat() == request, "{len} bytes");
+            }
+        }
+        drop(buffer);
+        bench.shared.fs.unmount().unwrap();
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use log::debug;
 
 use super::blocking::Blocking;
-use super::channel::Channel;
+use super::channel::{Channel, Landed};
 use super::protocol::{Args, InHeader, Malformed, Opcode};
 use super::reply::Reply;
 use super::{Shared, dir};
@@ -17,6 +17,8 @@ pub(super) struct Request<'a> {
     pub blocking: &'a Blocking,
     pub header: InHeader,
     pub args: Args<'a>,
+    /// The payload of a WRITE, where it is not among the arguments.
+    pub landed: Option<Landed<'a>>,
     pub reply: Reply,
 }
 
@@ -30,8 +32,10 @@ pub(super) fn dispatch(
     blocking: &Blocking,
     channel: &Arc<Channel>,
     bytes: &[u8],
+    landed: Option<Landed<'_>>,
 ) {
-    let Ok((header, args)) = InHeader::split(bytes) else {
+    let apart = landed.as_ref().map_or(0, |landed| landed.len);
+    let Ok((header, args)) = InHeader::split(bytes, apart) else {
         return debug!("a request of {} bytes is no request", bytes.len());
     };
     let Some(opcode) = Opcode::from_wire(header.opcode) else {
@@ -48,6 +52,7 @@ pub(super) fn dispatch(
         blocking,
         header,
         args,
+        landed,
         reply,
     };
     if serve(opcode, request).is_err() {

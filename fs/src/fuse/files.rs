@@ -12,7 +12,7 @@ use super::protocol::{
     open_reply,
 };
 use super::{CacheMode, Shared};
-use crate::{Attr, Cred, Errno, FLAG_SYNC, OpenFile, SetAttr, WriteFlags};
+use crate::{Attr, Cred, Errno, FLAG_SYNC, OpenFile, SetAttr, WriteData, WriteFlags};
 
 /// Largest piece of a copy_file_range in one request: the caller is to be interruptible between
 /// pieces.
@@ -166,6 +166,9 @@ impl Request<'_> {
                 return Ok(());
             }
         };
+        if !direct && self.shared.options.cache_mode == CacheMode::Kernel {
+            file.note_cached_in_front();
+        }
         // The kernel never asks for more, and a reply has room for no more pieces.
         let size = (size as usize).min(REQUEST_BYTES_MAX);
         let reply = self.reply;
@@ -180,7 +183,13 @@ impl Request<'_> {
         self.args.skip(8)?; // lock owner
         let open_flags = self.args.u32()?.cast_signed();
         self.args.skip(4)?;
-        let data = self.args.bytes(size as usize)?;
+        let data = match self.landed {
+            Some(landed) if landed.len == size as usize => {
+                WriteData::Landed(landed.pages, landed.len)
+            }
+            Some(_) => return Err(Malformed),
+            None => WriteData::Bytes(self.args.bytes(size as usize)?),
+        };
         let file = match self.shared.file(handle) {
             Ok(file) => file,
             Err(error) => {
@@ -203,9 +212,10 @@ impl Request<'_> {
         let forget = (flags.kill_suidgid && shared.has_set_ids(&file))
             .then(|| (Arc::clone(shared), file.ino()));
         // A buffered read may fetch old bytes into the kernel's cache while an asynchronous direct
-        // write is under way; the kernel itself drops them only before such a write.
+        // write is under way; the kernel itself drops them only before such a write. To be asked
+        // when the write has been done: a read that comes later has the new bytes.
         let stale = (direct && shared.options.cache_mode == CacheMode::Kernel)
-            .then(|| (Arc::clone(shared), self.blocking.clone(), file.ino()));
+            .then(|| (Arc::clone(shared), self.blocking.clone(), Arc::clone(&file)));
         // The kernel took bytes that have no room: it is to ask before it takes more.
         let filling = flags
             .from_kernel_cache
@@ -219,14 +229,17 @@ impl Request<'_> {
                 shared.fs.note_no_room(&file);
                 shared.forget_attributes(file.ino());
             }
-            let Some((shared, blocking, ino)) = stale else {
-                return reply.written(result);
-            };
-            blocking.run(move || {
-                let forgot = shared.channel.forget_pages(ino, offset, u64::from(size));
-                log::trace!("inode {ino}: {forgot:?}");
-                reply.written(result);
-            });
+            match stale {
+                Some((shared, blocking, file)) if file.is_cached_in_front() => {
+                    blocking.run(move || {
+                        let ino = file.ino();
+                        let forgot = shared.channel.forget_pages(ino, offset, u64::from(size));
+                        log::trace!("inode {ino}: {forgot:?}");
+                        reply.written(result);
+                    });
+                }
+                _ => reply.written(result),
+            }
         });
         shared.fs.write(&file, offset, data, direct, flags, done);
         Ok(())

@@ -73,7 +73,7 @@ pub(super) fn handshake(channel: &Channel, cache_mode: CacheMode) -> Result<(), 
             Received::Request(len) => len,
             Received::Ended => return Err(InitError::Ended),
         };
-        let (header, mut args) = InHeader::split(buffer.request(len))?;
+        let (header, mut args) = InHeader::split(buffer.request(len).0, 0)?;
         if Opcode::from_wire(header.opcode) != Some(Opcode::Init) {
             return Err(InitError::Unexpected);
         }

@@ -180,8 +180,16 @@ pub(super) struct InHeader {
 }
 
 impl InHeader {
-    /// Splits a request into its header and its arguments.
-    pub(super) fn split(request: &[u8]) -> Result<(Self, Args<'_>), Malformed> {
+    /// Whether a request that begins with `head` is a WRITE.
+    pub(super) fn is_write(head: &[u8]) -> bool {
+        let mut args = Args(head);
+        let opcode = args.skip(4).and_then(|()| args.u32());
+        opcode.is_ok_and(|opcode| Opcode::from_wire(opcode) == Some(Opcode::Write))
+    }
+
+    /// Splits a request, of which `apart` bytes of payload lie elsewhere, into its header and its
+    /// arguments.
+    pub(super) fn split(request: &[u8], apart: usize) -> Result<(Self, Args<'_>), Malformed> {
         let mut args = Args(request);
         let header = Self {
             len: args.u32()?,
@@ -194,7 +202,7 @@ impl InHeader {
         };
         // Extensions (total_extlen) are asked for by flags that braidfs does not set.
         args.skip(4)?;
-        if header.len as usize != request.len() {
+        if header.len as usize != request.len() + apart {
             return Err(Malformed);
         }
         Ok((header, args))
@@ -323,7 +331,7 @@ mod tests {
     #[test]
     fn a_request_splits_into_its_fields() {
         let bytes = request(b"name\0rest");
-        let (header, mut args) = InHeader::split(&bytes).unwrap();
+        let (header, mut args) = InHeader::split(&bytes, 0).unwrap();
         assert_eq!((header.unique, header.nodeid), (7, 1));
         assert_eq!((header.uid, header.gid, header.pid), (10, 20, 30));
         assert_eq!(args.name(), Ok(&b"name"[..]));
@@ -336,7 +344,7 @@ mod tests {
         let bytes = request(b"name\0");
         for len in 0..bytes.len() {
             assert_eq!(
-                InHeader::split(&bytes[..len]).err(),
+                InHeader::split(&bytes[..len], 0).err(),
                 Some(Malformed),
                 "{len}"
             );

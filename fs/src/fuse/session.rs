@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread;
 
+use braidfs_cache::LANDING_BYTES;
 use log::{debug, error, warn};
 use nix::errno::Errno;
 use serde_json::Value;
@@ -21,8 +22,15 @@ use super::stats::FuseStats;
 use super::{CacheMode, FuseOptions, Shared};
 use crate::FileSystem;
 
-/// What the kernel's readahead is raised to where its page cache is used, in KiB: one request.
-const READ_AHEAD_KB: u32 = 1024;
+/// What the kernel's readahead is raised to where its page cache is used, in KiB: a few requests,
+/// so that the next ones are under way while one is copied.
+const READ_AHEAD_KB: u32 = 4096;
+/// How much of the memory that may be dirty at all the kernel's cache of this mount may fill, in
+/// percent. A FUSE mount has 1 otherwise, which has writers sleep while the daemon waits for them.
+const DIRTY_RATIO: u32 = 100;
+
+/// Threads may keep one part in so many of the cache for payloads to land in.
+const LANDING_SHARE: u64 = 16;
 
 /// A mounted file system that is not served yet. [`Mounted::serve`] does that until the end.
 pub struct Mounted {
@@ -66,7 +74,7 @@ fn start(
     handshake(&channel, options.cache_mode)?;
     if options.cache_mode == CacheMode::Kernel {
         // Only now: the kernel has just set it to what was negotiated.
-        raise_read_ahead(entry.dev);
+        tune_kernel_cache(entry.dev);
     }
     // The kernel itself keeps others out where neither option was given.
     let root_and_owner = spec.allow_root && !spec.allow_other;
@@ -165,12 +173,20 @@ fn serve_channel(
     channel: &Arc<Channel>,
 ) -> Result<(), Errno> {
     let mut buffer = RequestBuffer::new();
+    let landing_threads = shared.fs.stats().cache.size_bytes / LANDING_SHARE / LANDING_BYTES as u64;
+    let lands = landing_threads >= shared.options.threads as u64;
     loop {
+        if lands {
+            buffer.land_on(|| shared.fs.alloc_landing());
+        }
         shared.unanswered.begin_reading();
         let received = channel.receive(&mut buffer);
         shared.unanswered.end_reading();
         match received {
-            Ok(Received::Request(len)) => dispatch(shared, blocking, channel, buffer.request(len)),
+            Ok(Received::Request(len)) => {
+                let (bytes, landed) = buffer.request(len);
+                dispatch(shared, blocking, channel, bytes, landed);
+            }
             Ok(Received::Ended) => return Ok(()),
             Err(error) => {
                 error!("cannot read requests from the kernel: {error}");
@@ -209,10 +225,14 @@ impl MountHandle {
     }
 }
 
-/// The kernel reads 128 KiB ahead on FUSE unless told otherwise. Needs root; best effort.
-pub(super) fn raise_read_ahead((major, minor): (u32, u32)) {
-    let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
-    if let Err(error) = std::fs::write(&path, READ_AHEAD_KB.to_string()) {
-        debug!("readahead stays as it is, {path}: {error}");
+/// The kernel reads 128 KiB ahead on FUSE, and lets it have few dirty pages, unless told otherwise.
+/// Needs root; best effort.
+pub(super) fn tune_kernel_cache((major, minor): (u32, u32)) {
+    let settings = [("read_ahead_kb", READ_AHEAD_KB), ("max_ratio", DIRTY_RATIO)];
+    for (name, value) in settings {
+        let path = format!("/sys/class/bdi/{major}:{minor}/{name}");
+        if let Err(error) = std::fs::write(&path, value.to_string()) {
+            debug!("the kernel's cache stays as it is, {path}: {error}");
+        }
     }
 }

@@ -26,7 +26,7 @@ pub use super::dir::Listing;
 use super::init::{InitError, handshake};
 pub use super::protocol::{Args, Malformed, Opcode, REQUEST_BYTES_MAX, open_reply};
 use super::protocol::{InHeader, Out};
-use super::session::{own_channel, raise_read_ahead};
+use super::session::{own_channel, tune_kernel_cache};
 use super::{CacheMode, TIMEOUT_DEFAULT, mounts};
 use crate::Attr;
 
@@ -66,7 +66,7 @@ fn begin(spec: &MountSpec, cache_mode: CacheMode, channel: &Channel) -> Result<(
     if cache_mode == CacheMode::Kernel
         && let Ok(Some(entry)) = mounts::mount_at(&spec.mount_point)
     {
-        raise_read_ahead(entry.dev);
+        tune_kernel_cache(entry.dev);
     }
     Ok(())
 }
@@ -78,7 +78,7 @@ fn answer_all(channel: &Channel, handler: &impl Fn(Request<'_>)) -> Result<(), E
             Received::Request(len) => len,
             Received::Ended => return Ok(()),
         };
-        let Ok((header, args)) = InHeader::split(buffer.request(len)) else {
+        let Ok((header, args)) = InHeader::split(buffer.request(len).0, 0) else {
             warn!("a request of {len} bytes is no request");
             continue;
         };

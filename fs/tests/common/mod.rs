@@ -63,7 +63,8 @@ fn log_to_stderr() {
 }
 
 /// Nothing here may wait longer.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long anything may take.
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn devices(count: usize, size_bytes: u64) -> Vec<Arc<SimDevice>> {
     log_to_stderr();
