@@ -5,8 +5,8 @@
 //! before, READ is answered from that arena, and that is all: what was written is not what is read
 //! back. Pieces of the arena have a lock each, so that threads do not wait for each other.
 //!
-//! Usage: `null [--cache direct|kernel] [--threads N] [--arena MIB] MOUNTPOINT`; it serves until the
-//! file system is unmounted.
+//! Usage: `null [--cache direct|kernel] [--threads N] [--arena MIB] MOUNTPOINT`; it serves until
+//! the file system is unmounted.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;

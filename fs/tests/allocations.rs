@@ -214,7 +214,8 @@ fn counted(what: &str, act: impl Fn(u64)) -> Counted {
         )
     });
     println!(
-        "{what}: allocations per operation: {:.2}..{:.2} of the calling thread, {:.2}..{:.2} of all",
+        "{what}: allocations per operation: {:.2}..{:.2} of the calling thread, {:.2}..{:.2} of \
+         all threads",
         own.0, own.1, all.0, all.1
     );
     let counted = Counted {

@@ -1,8 +1,8 @@
 //! Guards against a sudden loss of speed: braidfs beside the null FUSE server, in the same run.
 //!
 //! Nothing is compared with a clock. Both do the same small things in turns; the best ratio of the
-//! rounds counts, and the bounds are generous: a machine that is busy with something else slows both
-//! down, and a real loss is far larger. How fast it is, `scripts/bench` measures.
+//! rounds counts, and the bounds are generous: a machine that is busy with something else slows
+//! both down, and a real loss is far larger. How fast it is, `scripts/bench` measures.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -26,7 +26,9 @@ const SMALL_READS: u64 = 4000;
 const FILES: u64 = 1000;
 
 /// What is done, and the least share of the null server's pace.
-const THINGS: [(&str, f64, fn(&Path)); 5] = [
+type Thing = (&'static str, f64, fn(&Path));
+
+const THINGS: [Thing; 5] = [
     ("write of 1 MiB pieces", 0.05, write_large),
     ("read of 1 MiB pieces, warm", 0.2, read_large),
     ("read of 4 KiB at random, warm", 0.3, read_small),

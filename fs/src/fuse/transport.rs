@@ -2,9 +2,9 @@
 //! answers each on the same thread. For servers that show what FUSE itself costs
 //! (`fs/examples/null.rs`); braidfs's own mounts go through `session.rs`.
 //!
-//! It is what braidfs uses: the same INIT, one descriptor for each thread, payloads at page borders,
-//! a reply in one writev(2). What is not here is what braidfs adds for each request: the table of
-//! unanswered requests, and statistics.
+//! It is what braidfs uses: the same INIT, one descriptor for each thread, payloads at page
+//! borders, a reply in one writev(2). What is not here is what braidfs adds for each request: the
+//! table of unanswered requests, and statistics.
 //!
 //! ```no_run
 //! # fn example(spec: &braidfs::fuse::MountSpec) -> Result<(), braidfs::fuse::AttachError> {

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Parser, ValueEnum};
 
 use crate::media::Kind as MediaKind;
@@ -12,8 +13,8 @@ use crate::targets::{self, Row};
 
 /// Measures braidfs beside the devices, FUSE's ceiling and other file systems.
 ///
-/// Exit codes: 0 all was measured, 1 something could not be measured or (with --strict) a target was
-/// missed, 2 wrong usage, 130 interrupted.
+/// Exit codes: 0 all was measured, 1 something could not be measured or (with --strict) a target
+/// was missed, 2 wrong usage, 130 interrupted.
 #[derive(Parser, Debug)]
 #[command(name = "bench", version)]
 pub struct Cli {
@@ -36,7 +37,7 @@ pub struct Cli {
     #[arg(long, value_name = "OPT,...")]
     pub options: Vec<String>,
     /// How often each is measured
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=100))]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = rounds_parser())]
     pub rounds: u64,
     /// Folder for the results: bench.json, bench.md, and charts
     #[arg(long, value_name = "DIR", default_value = "target/bench/results")]
@@ -67,6 +68,10 @@ pub struct Cli {
     /// Folder for the images on the disk [default: BRAIDFS_TEST_DIR, or the temporary folder]
     #[arg(long, value_name = "DIR")]
     pub dir: Option<PathBuf>,
+}
+
+fn rounds_parser() -> RangedU64ValueParser<u64> {
+    clap::value_parser!(u64).range(1..=100)
 }
 
 /// What is to be done.

@@ -102,8 +102,8 @@ const TICKS_PER_SEC: f64 = 100.0;
 const REQUESTS_MIN: u64 = 8;
 
 impl Counters {
-    /// Reads them; `stats` is what `braidfs stats --json` says, `inodes` what the kernel remembers of
-    /// the mount.
+    /// Reads them; `stats` is what `braidfs stats --json` says, `inodes` what the kernel remembers
+    /// of the mount.
     pub fn read(daemon: Option<Daemon>, stats: Option<&Value>, inodes: u64) -> Self {
         let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
         Self {

@@ -77,6 +77,7 @@ impl Media {
     /// named after `work`, the bench's own folder.
     pub fn new(kind: Kind, dir: &Path, image_bytes: u64, work: &Path) -> Result<Self, Skip> {
         fs::create_dir_all(dir).expect("a folder for images");
+        check_room(kind, dir, image_bytes * DEVICES as u64)?;
         let images = (0..DEVICES)
             .map(|index| dir.join(format!("image{index}")))
             .collect();
@@ -159,6 +160,34 @@ impl Drop for Media {
             let _never_made = fs::remove_file(image);
         }
     }
+}
+
+/// Whether images of so many bytes in all fit into memory, or on the disk.
+fn check_room(kind: Kind, dir: &Path, bytes: u64) -> Result<(), Skip> {
+    let (free, place) = if kind == Kind::Disk {
+        let disk = nix::sys::statvfs::statvfs(dir).expect("the folder is there");
+        let free = disk.blocks_available() * disk.fragment_size();
+        (free, format!("in {}", dir.display()))
+    } else {
+        let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let line = info
+            .lines()
+            .find_map(|line| line.strip_prefix("MemAvailable:"));
+        let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+        (
+            kib.map_or(u64::MAX, |kib| kib << 10),
+            "of memory".to_owned(),
+        )
+    };
+    // Something must be left for those who are measured.
+    if free / 5 * 4 >= bytes {
+        return Ok(());
+    }
+    let [bytes, free] = [bytes, free].map(|bytes| bytes / MIB);
+    Err(Skip(format!(
+        "images of {bytes} MiB do not fit into the {free} MiB that are free {place}; \
+         --quick needs less"
+    )))
 }
 
 /// Writes all of an image.

@@ -59,7 +59,7 @@ pub struct Workload {
 const T: &[MediaKind] = &[MediaKind::Tmpfs];
 const TD: &[MediaKind] = &[MediaKind::Tmpfs, MediaKind::Disk];
 
-const fn workload(
+const fn full(
     name: &'static str,
     about: &'static str,
     kind: Kind,
@@ -76,12 +76,19 @@ const fn workload(
     }
 }
 
-const fn quick(mut workload: Workload) -> Workload {
+const fn quick(
+    name: &'static str,
+    about: &'static str,
+    kind: Kind,
+    media: &'static [MediaKind],
+    weight: f64,
+) -> Workload {
+    let mut workload = full(name, about, kind, media, weight);
     workload.is_quick = true;
     workload
 }
 
-const fn sequential(block: u64, direct: bool, depth: u32) -> Kind {
+const fn seq(block: u64, direct: bool, depth: u32) -> Kind {
     Kind::Sequential {
         block,
         direct,
@@ -94,33 +101,33 @@ const SMALL: u64 = 128 << 10;
 /// All workloads, in the order in which they run.
 #[rustfmt::skip]
 pub const ALL: &[Workload] = &[
-    quick(workload("seq-1m", "1 MiB, buffered", sequential(MIB, false, 1), TD, 14.0)),
-    workload("seq-1m-qd4", "1 MiB, buffered, 4 under way", sequential(MIB, false, 4), T, 14.0),
-    workload("seq-1m-direct", "1 MiB, O_DIRECT", sequential(MIB, true, 1), T, 14.0),
-    quick(workload("seq-1m-direct-qd4", "1 MiB, O_DIRECT, 4 under way", sequential(MIB, true, 4), TD, 14.0)),
-    workload("seq-128k", "128 KiB, buffered", sequential(SMALL, false, 1), T, 14.0),
-    workload("seq-128k-qd4", "128 KiB, buffered, 4 under way", sequential(SMALL, false, 4), T, 14.0),
-    workload("seq-128k-direct", "128 KiB, O_DIRECT", sequential(SMALL, true, 1), T, 14.0),
-    workload("seq-128k-direct-qd4", "128 KiB, O_DIRECT, 4 under way", sequential(SMALL, true, 4), T, 14.0),
-    quick(workload("tiny", "4 KiB, sequential, buffered", Kind::Tiny, T, 8.0)),
-    quick(workload("random", "4 KiB at random, buffered", Kind::Random { direct: false, jobs: 1 }, T, 16.0)),
-    quick(workload("random-4", "the same, 4 jobs", Kind::Random { direct: false, jobs: 4 }, T, 16.0)),
-    quick(workload("random-direct", "4 KiB at random, O_DIRECT", Kind::Random { direct: true, jobs: 1 }, T, 16.0)),
-    quick(workload("random-direct-4", "the same, 4 jobs", Kind::Random { direct: true, jobs: 4 }, T, 16.0)),
-    workload("overwrite", "a file is written again", Kind::Overwrite, T, 10.0),
-    quick(workload("fsync", "4 KiB write and fsync", Kind::Fsync { jobs: 1 }, TD, 6.0)),
-    quick(workload("fsync-4", "the same, 4 jobs", Kind::Fsync { jobs: 4 }, TD, 6.0)),
-    workload("mixed", "4 KiB at random, 70 reads to 30 writes", Kind::Mixed { jobs: 1 }, T, 8.0),
-    workload("mixed-4", "the same, 4 jobs", Kind::Mixed { jobs: 4 }, T, 8.0),
-    workload("mmap", "reads through a mapping", Kind::Mmap, T, 10.0),
-    workload("dd", "dd with 512 bytes, 4 KiB, 64 KiB, 1 MiB", Kind::Dd, T, 12.0),
-    workload("copy", "cp -a of a tree, there and back", Kind::Copy, T, 8.0),
-    quick(workload("files", "small files: create, stat, list, read, rename, unlink", Kind::Files, T, 40.0)),
-    quick(workload("million", "1,000,000 files in one directory; mount times", Kind::Million { dirs: 1 }, T, 200.0)),
-    quick(workload("million-1000", "1,000,000 files in 1,000 directories", Kind::Million { dirs: 1000 }, T, 200.0)),
-    workload("streams", "64 sequential streams", Kind::Streams, T, 14.0),
-    workload("small-cache", "a cache smaller than the working set", Kind::SmallCache, T, 14.0),
-    quick(workload("scaling", "sequential, 1 to 4 devices", Kind::Scaling, &[MediaKind::Throttled], 40.0)),
+    quick("seq-1m", "1 MiB, buffered", seq(MIB, false, 1), TD, 14.0),
+    full("seq-1m-qd4", "1 MiB, buffered, 4 under way", seq(MIB, false, 4), T, 14.0),
+    full("seq-1m-direct", "1 MiB, O_DIRECT", seq(MIB, true, 1), T, 14.0),
+    quick("seq-1m-direct-qd4", "1 MiB, O_DIRECT, 4 under way", seq(MIB, true, 4), TD, 14.0),
+    full("seq-128k", "128 KiB, buffered", seq(SMALL, false, 1), T, 14.0),
+    full("seq-128k-qd4", "128 KiB, buffered, 4 under way", seq(SMALL, false, 4), T, 14.0),
+    full("seq-128k-direct", "128 KiB, O_DIRECT", seq(SMALL, true, 1), T, 14.0),
+    full("seq-128k-direct-qd4", "128 KiB, O_DIRECT, 4 under way", seq(SMALL, true, 4), T, 14.0),
+    quick("tiny", "4 KiB, sequential, buffered", Kind::Tiny, T, 8.0),
+    quick("random", "4 KiB at random, buffered", Kind::Random { direct: false, jobs: 1 }, T, 16.0),
+    quick("random-4", "the same, 4 jobs", Kind::Random { direct: false, jobs: 4 }, T, 16.0),
+    quick("random-direct", "random, O_DIRECT", Kind::Random { direct: true, jobs: 1 }, T, 16.0),
+    quick("random-direct-4", "the same, 4 jobs", Kind::Random { direct: true, jobs: 4 }, T, 16.0),
+    full("overwrite", "a file is written again", Kind::Overwrite, T, 10.0),
+    quick("fsync", "4 KiB write and fsync", Kind::Fsync { jobs: 1 }, TD, 6.0),
+    quick("fsync-4", "the same, 4 jobs", Kind::Fsync { jobs: 4 }, TD, 6.0),
+    full("mixed", "4 KiB at random, 70 reads to 30 writes", Kind::Mixed { jobs: 1 }, T, 8.0),
+    full("mixed-4", "the same, 4 jobs", Kind::Mixed { jobs: 4 }, T, 8.0),
+    full("mmap", "reads through a mapping", Kind::Mmap, T, 10.0),
+    full("dd", "dd with 512 bytes, 4 KiB, 64 KiB, 1 MiB", Kind::Dd, T, 12.0),
+    full("copy", "cp -a of a tree, there and back", Kind::Copy, T, 8.0),
+    quick("files", "small files: create, stat, list, read...", Kind::Files, T, 40.0),
+    quick("million", "1,000,000 files in a directory; mounts", Kind::Million { dirs: 1 }, T, 200.0),
+    quick("million-1000", "as many in 1,000 directories", Kind::Million { dirs: 1000 }, T, 200.0),
+    full("streams", "64 sequential streams", Kind::Streams, T, 14.0),
+    full("small-cache", "a cache smaller than the working set", Kind::SmallCache, T, 14.0),
+    quick("scaling", "sequential, 1 to 4 devices", Kind::Scaling, &[MediaKind::Throttled], 40.0),
 ];
 
 impl Workload {

@@ -1,4 +1,4 @@
-//! Bar charts as SVG text, small enough for a README. Written here: a chart of bars needs no library.
+//! Bar charts as SVG text, small enough for a README: bars need no library.
 
 use std::fmt::Write;
 
