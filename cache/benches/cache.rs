@@ -9,16 +9,22 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Duration;
 
-use braidfs_cache::{AddressSpace, PageRange, ReadaheadState};
+use braidfs_cache::{AddressSpace, CacheConfig, PageRange, ReadaheadState};
 use criterion::{Criterion, criterion_group, criterion_main};
-use rig::{MIB, PAGE, Rig, rig};
+use rig::{MIB, PAGE, Rig, rig_with};
 
 /// Pages of a file that is looked up in.
 const PAGES: u64 = 16_384;
 
-/// A cache whose memory was touched.
+/// A cache whose memory was touched, and that writes nothing back by itself.
 fn touched(bytes: u64) -> Rig {
-    let rig = rig(bytes);
+    let rig = rig_with(CacheConfig {
+        size_bytes: bytes,
+        dirty_background_percent: 80,
+        dirty_hard_percent: 90,
+        dirty_expire: Duration::from_secs(3600),
+        ..CacheConfig::default()
+    });
     std::thread::sleep(Duration::from_secs(1));
     rig
 }
@@ -86,10 +92,12 @@ fn write(criterion: &mut Criterion) {
 
 fn dirty_runs(criterion: &mut Criterion) {
     let rig = touched(512 * MIB);
-    for (name, space) in [
-        ("one", file(&rig, 1, MIB, None)),
-        ("of 7 pages, one left out", file(&rig, 2, PAGE, Some(8))),
+    for (name, count, space) in [
+        ("one", 1, file(&rig, 1, MIB, None)),
+        ("2048 of 7 pages", 2048, file(&rig, 2, PAGE, Some(8))),
     ] {
+        let runs = space.unclean_runs(PageRange::ALL, usize::MAX);
+        assert_eq!(runs.map_or(0, |runs| runs.len()), count, "dirty runs");
         criterion.bench_function(&format!("dirty runs of 64 MiB: {name}"), |bencher| {
             bencher.iter(|| black_box(space.unclean_runs(PageRange::ALL, usize::MAX)));
         });

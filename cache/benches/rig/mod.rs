@@ -1,4 +1,5 @@
 //! A cache on four devices that do nothing, for what measures the cache by itself.
+#![allow(dead_code, reason = "each program uses a part of it")]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -102,6 +103,14 @@ impl Rig {
 
 /// A cache of so many bytes.
 pub fn rig(cache_bytes: u64) -> Rig {
+    rig_with(CacheConfig {
+        size_bytes: cache_bytes,
+        ..CacheConfig::default()
+    })
+}
+
+/// A cache as it is told.
+pub fn rig_with(config: CacheConfig) -> Rig {
     let devices = (0..4)
         .map(|_| {
             let (head, size) = (SimDevice::new("head", 2 * MIB), 8 << 30);
@@ -114,10 +123,6 @@ pub fn rig(cache_bytes: u64) -> Rig {
         next: AtomicU64::new(0),
         start: chunk.start.0,
         blocks: chunk.len_blocks,
-    };
-    let config = CacheConfig {
-        size_bytes: cache_bytes,
-        ..CacheConfig::default()
     };
     let cache = Cache::new(config, Arc::clone(&volume)).expect("memory");
     Rig {
