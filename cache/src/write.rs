@@ -67,7 +67,8 @@ impl AddressSpace {
     }
 
     /// Takes private pages over as the pages from `page` on: no byte is copied where none of them
-    /// is cached, or a whole folio of them is. `frames` are whole pages, from [`Cache::alloc_private_at`] for this page.
+    /// is cached, or a whole folio of them is. `frames` are whole pages, from
+    /// [`Cache::alloc_private_at`] for this page.
     ///
     /// [`Cache::alloc_private_at`]: crate::Cache::alloc_private_at
     pub fn adopt(self: &Arc<Self>, page: u64, frames: FrameVec) -> WriteResult {

@@ -47,8 +47,8 @@ fn main() -> Result<(), AttachError> {
         tree: RwLock::new(Tree::new()),
         arena: Arena::new(cli.arena.max(1)),
         open_flags: match mode {
-            CacheMode::Direct => open_reply::DIRECT_IO | open_reply::PARALLEL_DIRECT_WRITES,
             CacheMode::Kernel => open_reply::KEEP_CACHE,
+            _ => open_reply::DIRECT_IO | open_reply::PARALLEL_DIRECT_WRITES,
         } | open_reply::NOFLUSH,
     };
     let spec = MountSpec {

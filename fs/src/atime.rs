@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 
 use crate::filesystem::FileSystem;
 use crate::inode::Inode;
-use crate::{AtimeMode, Attr, FLAG_NOATIME, Timestamp};
+use crate::{AtimeMode, Attr, FLAG_NOATIME, OpenFile, Timestamp};
 
 /// With `relatime`, an access time is changed once in this time.
 const RELATIME_SECS: i64 = 24 * 60 * 60;
@@ -18,23 +18,51 @@ const RELATIME_SECS: i64 = 24 * 60 * 60;
 /// When so many inodes wait, or a multiple of it, a commit is asked for.
 const LATE_MAX: usize = 4096;
 
+/// Which reads change an access time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccessTime {
+    /// None, for now.
+    NotYet,
+    /// The next one.
+    NextRead,
+    /// Each.
+    EachRead,
+}
+
 impl FileSystem {
-    /// An inode was read: its access time changes as the mount's options say. `attr` is what it
-    /// was just before.
-    pub(crate) fn touch_accessed(&self, inode: &Arc<Inode>, attr: &Attr) {
+    /// Which reads of an open file will change its access time.
+    pub fn access_time_due(&self, file: &OpenFile) -> AccessTime {
+        let attr = file.inode.state.lock().attr;
+        self.access_time_due_at(&attr, Timestamp::now())
+    }
+
+    fn access_time_due_at(&self, attr: &Attr, now: Timestamp) -> AccessTime {
         let options = &self.options;
         if self.is_read_only()
             || options.atime == AtimeMode::Noatime
             || (options.nodiratime && attr.is_dir())
             || attr.flags & FLAG_NOATIME != 0
         {
-            return;
+            return AccessTime::NotYet;
         }
-        let now = Timestamp::now();
+        if options.atime == AtimeMode::Strictatime {
+            return AccessTime::EachRead;
+        }
         let stale = attr.atime <= attr.mtime
             || attr.atime <= attr.ctime
             || now.secs.saturating_sub(attr.atime.secs) >= RELATIME_SECS;
-        if (!stale && options.atime != AtimeMode::Strictatime) || attr.atime == now {
+        if stale {
+            AccessTime::NextRead
+        } else {
+            AccessTime::NotYet
+        }
+    }
+
+    /// An inode was read: its access time changes as the mount's options say. `attr` is what it
+    /// was just before.
+    pub(crate) fn touch_accessed(&self, inode: &Arc<Inode>, attr: &Attr) {
+        let now = Timestamp::now();
+        if self.access_time_due_at(attr, now) == AccessTime::NotYet || attr.atime == now {
             return;
         }
         inode.state.lock().attr.atime = now;

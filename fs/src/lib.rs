@@ -41,6 +41,7 @@ mod types;
 mod xattr;
 
 pub use alloc::SpaceStats;
+pub use atime::AccessTime;
 pub use commit::TxgStats;
 pub use file::{IO_BYTES_MAX, OpenFile, ReadDone, ReadReply, WriteData, WriteDone};
 pub use filesystem::{FileSystem, FsStats, MountError, format};

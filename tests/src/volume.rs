@@ -15,7 +15,7 @@ pub const MIB: u64 = 1 << 20;
 /// One gibibyte.
 pub const GIB: u64 = 1 << 30;
 /// The mount options of the two ways to cache file data: by braidfs alone, and by the kernel too.
-pub const CACHE_MODES: [&str; 2] = ["direct_io", "writeback_cache"];
+pub const CACHE_MODES: [&str; 2] = ["cache=auto", "writeback_cache"];
 
 /// How long after `umount` returned the daemon's process may still be there.
 const EXIT_LIMIT: Duration = Duration::from_secs(10);

@@ -20,7 +20,7 @@ use crate::fuse::MsFlags;
 #[derive(clap::Args, Debug)]
 pub struct MountArgs {
     /// Options, separated by commas: ro, noatime, relatime, strictatime, sync, commit=SECONDS,
-    /// cache_size=SIZE, direct_io, writeback_cache, allow_other, allow_root, discard, nodirect,
+    /// cache_size=SIZE, cache=auto|direct|writeback, allow_other, allow_root, discard, nodirect,
     /// backend=auto|uring|threads, threads=N, timeout=SECONDS, attr_timeout=SECONDS, logfile=FILE,
     /// fsname=NAME, subtype=NAME, remount, norecovery, and the general ones of mount(8)
     #[arg(short = 'o', value_name = "OPT,...")]

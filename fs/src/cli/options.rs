@@ -68,7 +68,7 @@ impl ParsedOptions {
                 cache_bytes: cache_default(),
                 ..MountOptions::default()
             },
-            cache_mode: CacheMode::Kernel,
+            cache_mode: CacheMode::Auto,
             threads: fuse::threads_default(),
             timeout: fuse::TIMEOUT_DEFAULT,
             answer_time_max: ANSWER_TIME_DEFAULT,
@@ -217,6 +217,12 @@ impl ParsedOptions {
                 "uring" | "io_uring" => self.backend = Backend::Uring,
                 "threads" => self.backend = Backend::Threads,
                 _ => return impossible("auto, uring or threads"),
+            },
+            "cache" => match value {
+                "auto" => self.cache_mode = CacheMode::Auto,
+                "direct" => self.cache_mode = CacheMode::Direct,
+                "writeback" => self.cache_mode = CacheMode::Kernel,
+                _ => return impossible("auto, direct or writeback"),
             },
             "threads" => match value.parse() {
                 Ok(threads @ 1..=fuse::THREADS_MAX) => self.threads = threads,
@@ -383,7 +389,7 @@ mod tests {
     fn nothing_given() {
         let parsed = parse("").unwrap();
         assert!(!parsed.core.read_only);
-        assert_eq!(parsed.cache_mode, CacheMode::Kernel);
+        assert_eq!(parsed.cache_mode, CacheMode::Auto);
         assert!(parsed.core.cache_bytes >= CACHE_DEFAULT_MIN);
         assert!(parsed.flags.is_empty());
     }
@@ -396,6 +402,15 @@ mod tests {
         assert_eq!(parsed.core.commit_interval, Duration::from_secs(30));
         assert_eq!(parsed.core.cache_bytes, 32 << 20);
         assert_eq!(parsed.flags, MsFlags::MS_RDONLY | MsFlags::MS_NOATIME);
+    }
+
+    #[test]
+    fn the_cache_has_three_modes_and_older_names() {
+        let mode = |options| parse(options).unwrap().cache_mode;
+        assert_eq!(mode("direct_io,cache=auto"), CacheMode::Auto);
+        assert_eq!(mode("cache=direct"), mode("direct_io"));
+        assert_eq!(mode("cache=writeback"), mode("writeback_cache"));
+        assert!(parse("cache=none").unwrap_err().contains("auto, direct"));
     }
 
     #[test]

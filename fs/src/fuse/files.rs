@@ -12,7 +12,7 @@ use super::protocol::{
     open_reply,
 };
 use super::{CacheMode, Shared};
-use crate::{Attr, Cred, Errno, FLAG_SYNC, OpenFile, SetAttr, WriteData, WriteFlags};
+use crate::{AccessTime, Attr, Cred, Errno, FLAG_SYNC, OpenFile, SetAttr, WriteData, WriteFlags};
 
 /// Largest piece of a copy_file_range in one request: the caller is to be interruptible between
 /// pieces.
@@ -24,14 +24,23 @@ const ROOT_UID: u32 = 0;
 impl Shared {
     /// How an open file is to be treated by the kernel.
     fn open_reply(&self, file: &OpenFile, flags: i32) -> u32 {
+        const PAST_CACHE: u32 = open_reply::DIRECT_IO | open_reply::PARALLEL_DIRECT_WRITES;
+        let only_reads = flags & libc::O_ACCMODE == libc::O_RDONLY;
         let mut reply = match self.options.cache_mode {
-            CacheMode::Direct => open_reply::DIRECT_IO | open_reply::PARALLEL_DIRECT_WRITES,
+            CacheMode::Direct => PAST_CACHE,
+            CacheMode::Auto => match self.fs.access_time_due(file) {
+                // Pages that stay in the cache are read without our seeing it.
+                AccessTime::EachRead => PAST_CACHE,
+                _ if !only_reads => PAST_CACHE | open_reply::KEEP_CACHE,
+                AccessTime::NextRead => 0,
+                AccessTime::NotYet => open_reply::KEEP_CACHE,
+            },
             // The kernel does not know of the flag, and would tell the writer before it tells us.
             CacheMode::Kernel if self.is_sync(file) => open_reply::DIRECT_IO,
             CacheMode::Kernel => open_reply::KEEP_CACHE,
         };
         // Only writers have errors to hear about when they close.
-        if flags & libc::O_ACCMODE == libc::O_RDONLY {
+        if only_reads {
             reply |= open_reply::NOFLUSH;
         }
         reply
@@ -166,7 +175,7 @@ impl Request<'_> {
                 return Ok(());
             }
         };
-        if !direct && self.shared.options.cache_mode == CacheMode::Kernel {
+        if !direct && self.shared.options.cache_mode != CacheMode::Direct {
             file.note_cached_in_front();
         }
         // The kernel never asks for more, and a reply has room for no more pieces.
@@ -214,7 +223,7 @@ impl Request<'_> {
         // A buffered read may fetch old bytes into the kernel's cache while an asynchronous direct
         // write is under way; the kernel itself drops them only before such a write. To be asked
         // when the write has been done: a read that comes later has the new bytes.
-        let stale = (direct && shared.options.cache_mode == CacheMode::Kernel)
+        let stale = (direct && shared.options.cache_mode != CacheMode::Direct)
             .then(|| (Arc::clone(shared), self.blocking.clone(), Arc::clone(&file)));
         // The kernel took bytes that have no room: it is to ask before it takes more.
         let filling = flags

@@ -105,15 +105,17 @@ pub(super) fn handshake(channel: &Channel, cache_mode: CacheMode) -> Result<(), 
 /// `struct fuse_init_out`.
 fn answer(offered: u64, readahead: u32, cache_mode: CacheMode) -> Out {
     let wanted = match cache_mode {
-        CacheMode::Direct => WANTED,
+        CacheMode::Auto | CacheMode::Direct => WANTED,
         CacheMode::Kernel => WANTED | f::WRITEBACK_CACHE,
     };
     let flags = offered & wanted;
     if wanted & !offered != 0 {
         debug!("the kernel does not offer {:#x}", wanted & !offered);
     }
-    if cache_mode == CacheMode::Direct && flags & f::DIRECT_IO_ALLOW_MMAP == 0 {
-        warn!("this kernel refuses shared mmap with direct_io; use -o writeback_cache");
+    if cache_mode != CacheMode::Kernel && flags & f::DIRECT_IO_ALLOW_MMAP == 0 {
+        warn!(
+            "this kernel refuses shared mmap without its write-back cache; use -o writeback_cache"
+        );
     }
     let [low, high] = [flags, flags >> 32].map(|half| (half & u64::from(u32::MAX)) as u32);
     let request_max = u32::try_from(REQUEST_BYTES_MAX).unwrap_or(u32::MAX);

@@ -72,6 +72,10 @@ use stats::FuseStats;
 /// Who keeps file data in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CacheMode {
+    /// Who only reads a file does so through the kernel's page cache, who may write it goes past
+    /// that: large writes are not copied once more, small reads need no round trip, and errors,
+    /// times and durability are as without that cache. The kernel drops the pages that a write hits.
+    Auto,
     /// braidfs's own cache alone; files are opened FOPEN_DIRECT_IO, with mmap allowed.
     Direct,
     /// The kernel's page cache in front of it, with write-back.
@@ -135,7 +139,7 @@ impl Shared {
     /// What `st_blksize` says.
     fn blksize(&self) -> u32 {
         match self.options.cache_mode {
-            CacheMode::Direct => attr::BLKSIZE_DIRECT,
+            CacheMode::Auto | CacheMode::Direct => attr::BLKSIZE_DIRECT,
             CacheMode::Kernel => attr::BLKSIZE_CACHED,
         }
     }
@@ -145,6 +149,7 @@ impl Shared {
         let stats = &self.stats;
         json!({
             "cache_mode": match self.options.cache_mode {
+                CacheMode::Auto => "auto",
                 CacheMode::Direct => "direct_io",
                 CacheMode::Kernel => "writeback_cache",
             },

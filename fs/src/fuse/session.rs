@@ -19,12 +19,12 @@ use super::init::{InitError, handshake};
 use super::interrupt::Unanswered;
 use super::mounts::{self, MountEntry};
 use super::stats::FuseStats;
-use super::{CacheMode, FuseOptions, Shared};
+use super::{FuseOptions, Shared};
 use crate::FileSystem;
 
-/// What the kernel's readahead is raised to where its page cache is used, in KiB: a few requests,
-/// so that the next ones are under way while one is copied.
-const READ_AHEAD_KB: u32 = 4096;
+/// What the kernel's readahead is raised to, in KiB: one request. A page fault reads as much around
+/// itself, so that more would be slow for random access to mapped files.
+const READ_AHEAD_KB: u32 = 1024;
 /// How much of the memory that may be dirty at all the kernel's cache of this mount may fill, in
 /// percent. A FUSE mount has 1 otherwise, which has writers sleep while the daemon waits for them.
 const DIRTY_RATIO: u32 = 100;
@@ -72,10 +72,8 @@ fn start(
         .ok_or_else(not_there)?;
     let channel = Arc::new(Channel::new(connection));
     handshake(&channel, options.cache_mode)?;
-    if options.cache_mode == CacheMode::Kernel {
-        // Only now: the kernel has just set it to what was negotiated.
-        tune_kernel_cache(entry.dev);
-    }
+    // Only now: the kernel has just set it to what was negotiated.
+    tune_kernel_cache(entry.dev);
     // The kernel itself keeps others out where neither option was given.
     let root_and_owner = spec.allow_root && !spec.allow_other;
     let shared = Arc::new(Shared {

@@ -63,9 +63,7 @@ pub fn serve(
 
 fn begin(spec: &MountSpec, cache_mode: CacheMode, channel: &Channel) -> Result<(), InitError> {
     handshake(channel, cache_mode)?;
-    if cache_mode == CacheMode::Kernel
-        && let Ok(Some(entry)) = mounts::mount_at(&spec.mount_point)
-    {
+    if let Ok(Some(entry)) = mounts::mount_at(&spec.mount_point) {
         tune_kernel_cache(entry.dev);
     }
     Ok(())
