@@ -17,6 +17,7 @@
 //! While a device does not answer no commit is begun, since it would fail: who waits for one gets
 //! EIO, and the changes stay in memory until the device answers again.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -294,7 +295,7 @@ impl FileSystem {
             self.encode_dirty();
         }
         let group_bytes = self.store.open_bytes() as u64;
-        let log = self.space.freeze();
+        let log = Arc::new(self.space.freeze());
         self.store.freeze();
         let group = self.committer.open_group.fetch_add(1, Ordering::SeqCst) + 1;
         drop(mapping);

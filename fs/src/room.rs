@@ -216,10 +216,13 @@ impl FileSystem {
             return Ok(true);
         }
         // The end of the file is near: look how much is free inside it.
-        let used = self.store.used_bytes().map_err(|error| {
-            log::error!("metadata: counting its pages: {error}");
-            Errno::IO
-        })?;
+        let used = self
+            .store
+            .used_bytes(self.meta.storage())
+            .map_err(|error| {
+                log::error!("metadata: counting its pages: {error}");
+                Errno::IO
+            })?;
         let free = self.meta.reachable_bytes(growth).saturating_sub(used);
         Ok(free >= wanted)
     }
@@ -254,7 +257,7 @@ impl FileSystem {
         if at_end >= late {
             return at_end;
         }
-        match self.store.used_bytes() {
+        match self.store.used_bytes(self.meta.storage()) {
             Ok(used) => count(self.meta.reachable_bytes(growth).saturating_sub(used)),
             // The commit itself will say so.
             Err(_) => 0,

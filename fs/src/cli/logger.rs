@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 use log::{Level, LevelFilter, Log, Metadata, Record};
 use parking_lot::Mutex;
 
+use crate::meta::contain;
+
 /// Most lines in a window; further ones are counted and the count is logged.
 const LINES_MAX: u32 = 200;
 const WINDOW: Duration = Duration::from_secs(10);
@@ -46,8 +48,12 @@ static LOGGER: Logger = Logger {
     }),
 };
 
-/// Starts logging to the standard error.
+/// Starts logging to the standard error. From now on a panic on any thread ends the process.
 pub fn start() {
+    contain::watch(|info, former| {
+        former(info);
+        std::process::abort();
+    });
     let level = std::env::var("BRAIDFS_LOG")
         .ok()
         .and_then(|level| level.parse().ok());
@@ -71,7 +77,10 @@ fn report_panic(info: &std::panic::PanicHookInfo<'_>) {
 
 /// Continues in a file, or with syslog where there is one.
 pub fn leave_stderr(file: Option<File>) {
-    std::panic::set_hook(Box::new(report_panic));
+    contain::watch(|info, _| {
+        report_panic(info);
+        std::process::abort();
+    });
     let syslog = || {
         let socket = UnixDatagram::unbound().ok()?;
         socket.connect(SYSLOG_SOCKET).ok()?;

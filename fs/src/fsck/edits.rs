@@ -13,7 +13,7 @@ use super::progress::FsckError;
 use super::session::Session;
 use crate::MountError;
 use crate::alloc::FREE_KNOWN_CHUNK_KEY;
-use crate::meta::offline::{FreeTable, Offline, Reader, TableChanges};
+use crate::meta::offline::{FreeTable, Offline, TableChanges};
 use crate::meta::salvage::Loss;
 use crate::meta::store::Table;
 
@@ -66,21 +66,23 @@ impl Edits {
     }
 
     /// Makes it all durable; with losses, the damaged tables are built anew.
-    pub(super) fn apply(&self, session: &Session, has_losses: bool) -> Result<(), FsckError> {
+    pub(super) fn apply(self, session: &Session, has_losses: bool) -> Result<(), FsckError> {
         self.copy_blocks(&session.volume)?;
         let salvage = match has_losses {
             true => Some(session.salvage().ok_or(redb::Error::PreviousIo)?),
             false => None,
         };
+        let losses: Option<Vec<Loss>> = salvage
+            .as_ref()
+            .map(|salvage| salvage.all_losses().map(|(_, loss)| loss).collect());
+        let space = self.space;
         session
             .store()?
-            .mend(salvage.as_ref(), &self.tables, |table| match &self.space {
+            .mend(salvage, self.tables, move |table| match &space {
                 Some(plan) => plan.apply(table),
                 None => Ok(()),
             })?;
-        if let Some(salvage) = salvage {
-            let reader = Reader::Salvaged(salvage);
-            let losses: Vec<Loss> = reader.losses().into_iter().map(|(_, loss)| loss).collect();
+        if let Some(losses) = losses {
             drop_lost(session, &losses);
         }
         Ok(())
@@ -106,6 +108,10 @@ impl Edits {
 
 /// Gives the pages of the tables that were replaced back. It is no harm if that fails.
 fn drop_lost(session: &Session, losses: &[Loss]) {
+    if !losses.iter().all(Loss::is_page) {
+        log::warn!("metadata: pages of damaged tables stay in use: they may be another table's");
+        return;
+    }
     let blanked = session.blank(losses);
     let dropped = blanked.map_err(|error| error.to_string()).and_then(|()| {
         let dropped = session.store().and_then(Offline::drop_lost);

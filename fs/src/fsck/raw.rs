@@ -61,8 +61,10 @@ pub fn write(volume: Arc<Volume>, records: &[Record]) -> Result<(), FsckError> {
             changes[*table as usize].insert(key.clone(), value.clone());
         }
     }
-    session.store()?.mend(None, &changes, |table| {
-        for (_, key, value) in records.iter().filter(|(name, ..)| *name == "free") {
+    let of_free = |record: &&Record| record.0 == "free";
+    let free: Vec<Record> = records.iter().filter(of_free).cloned().collect();
+    session.store()?.mend(None, changes, move |table| {
+        for (_, key, value) in &free {
             match value {
                 Some(value) => drop(table.insert(number(key), number(value))?),
                 None => drop(table.remove(number(key))?),

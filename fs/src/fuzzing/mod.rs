@@ -10,10 +10,8 @@
 //!
 //! Checksums are mended where the input says so: a fuzzer cannot guess them, and damage that they
 //! give away is not worth its time. Whatever the input, nothing may panic, hang, or take memory
-//! without a bound; errors are welcome. One exception: redb believes what its pages say, and panics
-//! where a page with a right checksum makes no sense. `metadata` makes such pages, has them read,
-//! and lets redb panic; nothing is written then. Inputs are read as far as they go, so that every
-//! byte string is one.
+//! without a bound; errors are welcome. Inputs are read as far as they go, so that every byte
+//! string is one.
 //!
 //! Only built for tests and with the feature `fuzzing`.
 #![allow(
@@ -21,59 +19,36 @@
     reason = "one caller, which needs no more than the table above"
 )]
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Once;
-use std::sync::mpsc::{Sender, channel};
-
-use parking_lot::Mutex;
-
 mod damage;
 mod records;
 mod tree;
 mod volume;
 
 use crate::fuse::{fuzz_request_seeds, fuzz_requests};
+use crate::meta::contain;
+#[cfg(test)]
+pub(crate) use damage::MetaChunk;
 pub(crate) use tree::options;
+#[cfg(test)]
+pub(crate) use tree::try_everything;
+#[cfg(test)]
+pub(crate) use volume::in_use;
 pub(crate) use volume::{assemble, single};
 
-/// Told of a panic in redb, while there may be one.
-static REDB_PANICS: Mutex<Option<Sender<bool>>> = Mutex::new(None);
-
-/// Does something in which redb may panic, on a thread of its own. Unwinding runs into destructors
-/// of redb that panic, too, which ends the process; so a thread that panics in redb never returns
-/// from the hook, and is left where it is.
-fn tolerating_redb(work: impl FnOnce() + Send + 'static) {
-    let (to, ended) = channel();
-    *REDB_PANICS.lock() = Some(to.clone());
-    std::thread::spawn(move || {
-        let ended_well = catch_unwind(AssertUnwindSafe(work)).is_ok();
-        to.send(ended_well).unwrap_or_default();
+/// How often a panic came out of the library so far, on any thread.
+#[cfg(test)]
+pub(crate) fn panics() -> u64 {
+    use std::sync::Once;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static COUNTING: Once = Once::new();
+    static PANICS: AtomicU64 = AtomicU64::new(0);
+    COUNTING.call_once(|| {
+        contain::watch(|info, former| {
+            PANICS.fetch_add(1, Ordering::SeqCst);
+            former(info);
+        });
     });
-    let is_harmless = ended.recv();
-    *REDB_PANICS.lock() = None;
-    assert_eq!(is_harmless, Ok(true), "a panic that is not redb's");
-}
-
-/// From now on only panics that are not redb's own, or not allowed, reach the former hook.
-fn watch_panics() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        let former = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            let file = info.location().map_or("", |place| place.file());
-            let allowed = REDB_PANICS.lock().clone();
-            match allowed {
-                Some(to) if file.contains("/redb-") => {
-                    log::debug!("{info}");
-                    to.send(true).unwrap_or_default();
-                    loop {
-                        std::thread::park();
-                    }
-                }
-                _ => former(info),
-            }
-        }));
-    });
+    PANICS.load(Ordering::SeqCst)
 }
 
 /// Reads an input.
@@ -118,9 +93,9 @@ pub const TARGETS: [Target; 5] = [
 /// Tells a target's program to write its seeds into a folder and to end.
 const SEEDS_KEY: &str = "BRAIDFS_FUZZ_SEEDS";
 
-/// What a target's program does first.
+/// What a target's program does first. Panics that come out of the library stay the fuzzer's.
 pub fn begin(target: &str) {
-    watch_panics();
+    contain::watch(|info, former| former(info));
     let Some(dir) = std::env::var_os(SEEDS_KEY) else {
         return;
     };
@@ -153,22 +128,13 @@ pub fn seeds(target: &str) -> Vec<(String, Vec<u8>)> {
 mod tests {
     use std::fs;
     use std::path::Path;
-    use std::sync::atomic::{AtomicU64, Ordering};
 
     use super::*;
-
-    /// Panics on any thread.
-    static PANICS: AtomicU64 = AtomicU64::new(0);
 
     /// The seeds, and what fuzzing has found, stay harmless.
     #[test]
     fn the_corpus_is_harmless() {
-        let former = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            PANICS.fetch_add(1, Ordering::SeqCst);
-            former(info);
-        }));
-        watch_panics();
+        assert_eq!(panics(), 0, "before anything");
         let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fuzz/corpus");
         for (name, target) in TARGETS {
             let dir = corpus.join(name);
@@ -183,7 +149,7 @@ mod tests {
             for (input, bytes) in inputs {
                 println!("{name}: {input}");
                 target(&bytes);
-                assert_eq!(PANICS.load(Ordering::SeqCst), 0, "{name}: {input}");
+                assert_eq!(panics(), 0, "{name}: {input}");
             }
         }
     }

@@ -15,7 +15,7 @@ use crate::scrub::ScrubOptions;
 
 use super::volume::assemble;
 
-const CRED: Cred = Cred {
+pub(super) const CRED: Cred = Cred {
     uid: 0,
     gid: 0,
     umask: 0,
@@ -159,7 +159,7 @@ fn work(fs: &Arc<FileSystem>, entries: &[(Ino, Vec<u8>)]) {
 }
 
 /// Checks a volume and looks at it, without writing.
-pub(super) fn try_reading(devices: &[Arc<SimDevice>]) {
+fn try_reading(devices: &[Arc<SimDevice>]) {
     if let Ok(volume) = assemble(devices, true) {
         let _report = fsck::check(volume);
     }
@@ -172,7 +172,7 @@ pub(super) fn try_reading(devices: &[Arc<SimDevice>]) {
 }
 
 /// Checks a volume, looks at it, works on it, and checks again, as far as it lets itself be.
-pub(super) fn try_everything(devices: &[Arc<SimDevice>]) {
+pub(crate) fn try_everything(devices: &[Arc<SimDevice>]) {
     try_reading(devices);
     if let Ok(volume) = assemble(devices, false)
         && let Ok(fs) = FileSystem::mount(volume, options(false))

@@ -50,6 +50,22 @@ pub(crate) fn single() -> Vec<Arc<SimDevice>> {
     devices(IMAGES.get_or_init(|| make(1)))
 }
 
+/// The same as a power cut leaves it after some commits.
+#[cfg(test)]
+pub(crate) fn in_use() -> Vec<Arc<SimDevice>> {
+    let made = single();
+    let volume = assemble(&made, false).expect("assemble");
+    let fs = FileSystem::mount(volume, tree::options(false)).expect("mount");
+    for name in [b"one", b"two"] {
+        fs.mkdir(crate::ROOT_INO, name, 0o755, &tree::CRED)
+            .expect("make a directory");
+        fs.sync().expect("a commit");
+    }
+    let images: Vec<SimImage> = made.iter().map(|device| device.snapshot()).collect();
+    fs.unmount().expect("unmount");
+    devices(&images)
+}
+
 /// The same on two members.
 pub(super) fn pair() -> Vec<Arc<SimDevice>> {
     static IMAGES: OnceLock<Vec<SimImage>> = OnceLock::new();

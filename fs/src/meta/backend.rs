@@ -15,6 +15,8 @@
 //! A page that is read from a bad copy is taken from the other one, and the bad copy is mended by
 //! the committing thread, which holds off writeback of the file meanwhile.
 //!
+//! redb gets no page that makes no sense by itself, whatever its checksum; see [`super::page`].
+//!
 //! Locks: `state` is held for look-ups in memory and, when a chunk's checksum area is loaded or a
 //! chunk is made, for that device I/O; nothing else is taken under it.
 
@@ -35,7 +37,9 @@ use parking_lot::Mutex;
 use crate::latch::Latch;
 
 use super::checksums::{Area, Known};
+use super::contain::outside;
 use super::mirrors::{MetaStats, Mirrors};
+use super::page::fault;
 use super::state::{MetaChunk, State};
 
 /// Id of the metadata address space: no inode has it.
@@ -289,6 +293,22 @@ impl MetaFile {
         flushed.map_err(|error| self.named_error(error))
     }
 
+    /// The error of a page that makes no sense.
+    fn senseless(&self, offset: u64, why: &str) -> io::Error {
+        let page = offset / PAGE_SIZE as u64;
+        let block = {
+            let mut state = self.state.lock();
+            let chunk = state.chunk_of(page);
+            chunk.map(|chunk| chunk.payload_block(page - chunk.first_page))
+        };
+        let places = block.map_or_else(String::new, |block| self.mirrors.places(block));
+        let what = format!(
+            "metadata page {page} ({places}) has a right checksum and makes no sense: {why}; run \
+             'braidfs fsck -n'"
+        );
+        io::Error::new(io::ErrorKind::InvalidData, what)
+    }
+
     /// An error for people, with the name of the device.
     fn named_error(&self, error: BlockError) -> io::Error {
         let BlockError { kind, op, dev, at } = error;
@@ -301,12 +321,21 @@ impl MetaFile {
 #[derive(Debug)]
 pub(crate) struct MetaStorage(Arc<MetaFile>);
 
-impl redb::StorageBackend for MetaStorage {
-    fn len(&self) -> io::Result<u64> {
-        Ok(self.0.state.lock().head.len_bytes)
+impl MetaStorage {
+    /// Refuses a page of redb that makes no sense.
+    pub(super) fn check(&self, offset: u64, page: &[u8]) -> io::Result<()> {
+        if offset < PAGE_SIZE as u64 {
+            return Ok(());
+        }
+        let geometry = self.0.state.lock().geometry();
+        let why = geometry.map_or(Some("the header is not whole"), |geometry| {
+            fault(page, offset, &geometry)
+        });
+        why.map_or(Ok(()), |why| Err(self.0.senseless(offset, why)))
     }
 
-    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+    /// Reads as `read` does, whatever the pages hold.
+    pub(super) fn read_unchecked(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
         let end = offset.checked_add(out.len() as u64);
         if end.is_none_or(|end| end > self.0.state.lock().head.len_bytes) {
             return Err(io::Error::new(
@@ -323,7 +352,7 @@ impl redb::StorageBackend for MetaStorage {
         self.0.space().read_wait(offset, rest).map_err(io_error)
     }
 
-    fn set_len(&self, len: u64) -> io::Result<()> {
+    fn resize(&self, len: u64) -> io::Result<()> {
         let old = {
             let mut state = self.0.state.lock();
             // Every page has a home before redb uses it, whichever it uses first.
@@ -343,11 +372,7 @@ impl redb::StorageBackend for MetaStorage {
         Ok(())
     }
 
-    fn sync_data(&self) -> io::Result<()> {
-        self.0.sync()
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+    fn overwrite(&self, offset: u64, data: &[u8]) -> io::Result<()> {
         let (header, rest) = data.split_at(header_part(offset, data.len()));
         if !header.is_empty() {
             let at = usize::try_from(offset).expect("inside page 0");
@@ -361,6 +386,33 @@ impl redb::StorageBackend for MetaStorage {
             .write(offset + header.len() as u64, rest)
             .map_err(|(error, _)| io_error(error))?;
         Ok(())
+    }
+}
+
+impl redb::StorageBackend for MetaStorage {
+    fn len(&self) -> io::Result<u64> {
+        outside(|| Ok(self.0.state.lock().head.len_bytes))
+    }
+
+    /// A page that makes no sense is refused. Its other copy would be no better: both have the
+    /// checksum of this one.
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        outside(|| {
+            self.read_unchecked(offset, out)?;
+            self.check(offset, out)
+        })
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        outside(|| self.resize(len))
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        outside(|| self.0.sync())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        outside(|| self.overwrite(offset, data))
     }
 }
 

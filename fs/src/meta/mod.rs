@@ -6,6 +6,8 @@
 //! | [`store`] | the tables: a durable snapshot, with the open and the committing group over it |
 //! | [`offline`] | the same tables as a check of an unmounted volume reads and mends them |
 //! | [`salvage`] | the same tables where pages of them cannot be read |
+//! | [`contain`] | redb's panics as errors |
+//! | [`page`], [`system`] | whether its pages make sense: one by itself, and its own tables |
 //! | [`backend`] | redb's file as one address space on mirrored chunks |
 //! | [`state`] | that file's head, header, chunks and checksums, as loaded |
 //! | [`head`], [`header`] | its length and chunks; redb's header, sealed |
@@ -15,12 +17,17 @@
 
 pub(crate) mod backend;
 mod checksums;
+pub(crate) mod contain;
+#[cfg(test)]
+mod crafted;
 mod head;
 mod header;
 pub(crate) mod mirrors;
 pub(crate) mod offline;
+mod page;
 pub(crate) mod records;
 pub(crate) mod salvage;
 mod state;
 pub(crate) mod store;
+mod system;
 pub(crate) mod verify;

@@ -12,14 +12,15 @@
 use std::ops::Bound;
 
 use redb::{
-    Database, Durability, ReadOnlyTable, ReadableDatabase, ReadableTable, ReadableTableMetadata,
-    StorageBackend, Table as RedbTable, TableDefinition, TableHandle, WriteTransaction,
+    Database, Durability, ReadOnlyTable, ReadableDatabase, ReadableTableMetadata, StorageBackend,
+    Table as RedbTable, TableDefinition, TableHandle, WriteTransaction,
 };
 
+use super::contain::{Contained, Guarded, disorder, next_pair};
 use super::salvage::{Loss, Salvage};
 use super::store::{
-    Base, Changes, DEFINITION_NAMES, DEFINITIONS, FREE, FREE_NAME, Store, TABLE_COUNT, Table,
-    write_changes,
+    Base, Changes, DEFINITION_NAMES, DEFINITIONS, FREE, FREE_NAME, REDB_CACHE_BYTES, Store,
+    TABLE_COUNT, Table, write_changes,
 };
 
 /// Changes of all tables but that of free space.
@@ -36,8 +37,8 @@ pub(crate) type Each<'a, E> = &'a mut dyn FnMut(&[u8], &[u8]) -> Result<(), E>;
 
 /// A snapshot by redb, all of it readable so far.
 pub(crate) struct Whole {
-    base: Base,
-    free: ReadOnlyTable<u64, u64>,
+    base: Guarded<Base>,
+    free: Guarded<ReadOnlyTable<u64, u64>>,
 }
 
 /// One durable snapshot.
@@ -55,7 +56,7 @@ impl Reader {
     /// Records of a table.
     pub(crate) fn len(&self, table: Table) -> Result<u64, redb::Error> {
         match self {
-            Reader::Whole(whole) => Ok(whole.base[table as usize].len()?),
+            Reader::Whole(whole) => whole.base.read(|base| Ok(base[table as usize].len()?)),
             Reader::Salvaged(salvage) => Ok(salvage.len(table as usize)),
         }
     }
@@ -63,7 +64,7 @@ impl Reader {
     /// Runs of free blocks.
     pub(crate) fn free_len(&self) -> Result<u64, redb::Error> {
         match self {
-            Reader::Whole(whole) => Ok(whole.free.len()?),
+            Reader::Whole(whole) => whole.free.read(|free| Ok(free.len()?)),
             Reader::Salvaged(salvage) => Ok(salvage.len(FREE_NUMBER)),
         }
     }
@@ -71,10 +72,10 @@ impl Reader {
     /// The value of `key`.
     pub(crate) fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, redb::Error> {
         match self {
-            Reader::Whole(whole) => {
-                let found = whole.base[table as usize].get(key)?;
+            Reader::Whole(whole) => whole.base.read(|base| {
+                let found = base[table as usize].get(key)?;
                 Ok(found.map(|guard| guard.value().to_vec()))
-            }
+            }),
             Reader::Salvaged(salvage) => {
                 let mut value = None;
                 salvage.scan::<redb::Error>(table as usize, key, &mut |found, bytes| {
@@ -107,13 +108,17 @@ impl Reader {
             }
         };
         let bounds = (Bound::Included(from), Bound::Unbounded);
-        let range = base[table as usize].range::<&[u8]>(bounds);
-        for entry in range.map_err(redb::Error::from)? {
-            let (key, value) = entry.map_err(redb::Error::from)?;
+        let mut range = base.read(|base| Ok(base[table as usize].range::<&[u8]>(bounds)?))?;
+        let mut pending = next_pair(&mut range, None)?;
+        while let Some((key, value)) = &pending {
+            if key.value() < from {
+                return Err(disorder().into());
+            }
             if !key.value().starts_with(prefix) {
                 break;
             }
             each(key.value(), value.value())?;
+            pending = next_pair(&mut range, pending.as_ref())?;
         }
         Ok(())
     }
@@ -132,9 +137,11 @@ impl Reader {
                 });
             }
         };
-        for entry in free.iter().map_err(redb::Error::from)? {
-            let (start, len) = entry.map_err(redb::Error::from)?;
+        let mut range = free.read(|free| Ok(free.range::<u64>(..)?))?;
+        let mut pending = next_pair(&mut range, None)?;
+        while let Some((start, len)) = &pending {
             each(start.value(), len.value())?;
+            pending = next_pair(&mut range, pending.as_ref())?;
         }
         Ok(())
     }
@@ -144,12 +151,9 @@ impl Reader {
         let Reader::Salvaged(salvage) = self else {
             return Vec::new();
         };
-        let names = DEFINITION_NAMES.into_iter().chain([FREE_NAME]);
-        let of_table = |(number, name): (usize, &'static str)| {
-            let losses = salvage.losses(number);
-            losses.into_iter().map(move |loss| (name, loss))
-        };
-        names.enumerate().flat_map(of_table).collect()
+        let names: Vec<&str> = DEFINITION_NAMES.into_iter().chain([FREE_NAME]).collect();
+        let named = |(table, loss): (usize, Loss)| (names[table], loss);
+        salvage.all_losses().map(named).collect()
     }
 }
 
@@ -194,60 +198,68 @@ fn rebuild(write: &WriteTransaction, salvage: &Salvage) -> Result<(), redb::Erro
 }
 
 /// The store, without the groups of a mounted one. Opening it reads the list of tables at the most.
-pub(crate) struct Offline(Database);
+pub(crate) struct Offline(Contained);
+
+fn begin(db: &Database) -> Result<WriteTransaction, redb::Error> {
+    let mut write = db.begin_write()?;
+    write.set_durability(Durability::Immediate)?;
+    write.set_quick_repair(true);
+    Ok(write)
+}
 
 impl Offline {
     /// Opens what is there.
     pub(crate) fn open(backend: impl StorageBackend) -> Result<Self, redb::Error> {
-        Store::open_database(backend).map(Self)
+        Contained::open(backend, REDB_CACHE_BYTES).map(Self)
     }
 
     /// The durable state as it is now.
     pub(crate) fn reader(&self) -> Result<Reader, redb::Error> {
-        let base = Store::snapshot(&self.0)?;
-        let free = self.0.begin_read()?.open_table(FREE)?;
-        Ok(Reader::Whole(Box::new(Whole { base, free })))
-    }
-
-    fn begin(&self) -> Result<WriteTransaction, redb::Error> {
-        let mut write = self.0.begin_write()?;
-        write.set_durability(Durability::Immediate)?;
-        write.set_quick_repair(true);
-        Ok(write)
+        let (base, free) = self
+            .0
+            .run(|db| Ok((Store::snapshot(db)?, db.begin_read()?.open_table(FREE)?)))?;
+        Ok(Reader::Whole(Box::new(Whole {
+            base: self.0.guard(base),
+            free: self.0.guard(free),
+        })))
     }
 
     /// Makes changes durable in one commit, with what `space` does to the table of free space.
     /// Tables that have lost pages, going by `salvage`, are built anew first.
     pub(crate) fn mend(
         &self,
-        salvage: Option<&Salvage>,
-        changes: &TableChanges,
-        space: impl FnOnce(&mut FreeTable<'_>) -> Result<(), redb::Error>,
+        salvage: Option<Salvage>,
+        changes: TableChanges,
+        space: impl FnOnce(&mut FreeTable<'_>) -> Result<(), redb::Error> + Send + 'static,
     ) -> Result<(), redb::Error> {
-        let write = self.begin()?;
-        if let Some(salvage) = salvage {
-            rebuild(&write, salvage)?;
-        }
-        write_changes(&write, changes)?;
-        {
-            let mut free = write.open_table(FREE)?;
-            space(&mut free)?;
-        }
-        Ok(write.commit()?)
+        self.0.run(move |db| {
+            let write = begin(db)?;
+            if let Some(salvage) = salvage {
+                rebuild(&write, &salvage)?;
+            }
+            write_changes(&write, &changes)?;
+            {
+                let mut free = write.open_table(FREE)?;
+                space(&mut free)?;
+            }
+            Ok(write.commit()?)
+        })
     }
 
     /// Deletes the tables that were replaced, with all pages that they still lead to.
     pub(crate) fn drop_lost(&self) -> Result<(), redb::Error> {
-        let write = self.begin()?;
-        let tables: Vec<_> = write.list_tables()?.collect();
-        for table in tables.into_iter().filter(|t| t.name().starts_with(LOST)) {
-            write.delete_table(table)?;
-        }
-        Ok(write.commit()?)
+        self.0.run(|db| {
+            let write = begin(db)?;
+            let tables: Vec<_> = write.list_tables()?.collect();
+            for table in tables.into_iter().filter(|t| t.name().starts_with(LOST)) {
+                write.delete_table(table)?;
+            }
+            Ok(write.commit()?)
+        })
     }
 
     /// Ends its use. Nobody reads any more.
     pub(crate) fn close(self) -> Result<(), redb::Error> {
-        Ok(self.0.close()?)
+        self.0.close()
     }
 }

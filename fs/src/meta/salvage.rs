@@ -7,30 +7,33 @@
 //!
 //! A table with losses is built anew from the rest; see [`super::offline`].
 
+use std::collections::HashSet;
+
 use redb::StorageBackend;
 
 use super::backend::MetaStorage;
+use super::page::{
+    BRANCH, CHILD_LEN, Extent, Geometry, LEAF, Widths, child_at, u16_at, u32_at, u64_at,
+};
 use super::store::{DEFINITION_NAMES, FREE_NAME};
+use super::system::DEPTH_MAX;
 
-const PAGE: u64 = 4096;
-const MAGIC: &[u8; 9] = b"redb\x1a\x0a\xa9\x0d\x0a";
-const HEADER_LEN: usize = 320;
-const LEAF: u8 = 1;
-const BRANCH: u8 = 2;
-
-/// Deeper than any tree: its pages would fill every device there is.
-const DEPTH_MAX: usize = 32;
-
-/// Pages longer than this (256 MiB) cannot be: values are far shorter.
-const ORDER_MAX: u32 = 16;
+pub(super) const MAGIC: &[u8; 9] = b"redb\x1a\x0a\xa9\x0d\x0a";
+pub(super) const HEADER_LEN: usize = 320;
 
 /// Where the root of a table's tree is, and how long its keys and values are, where that is fixed.
 #[derive(Clone, Copy, Debug, Default)]
-struct Tree {
-    root: Option<u64>,
-    len: u64,
-    key_len: Option<usize>,
-    value_len: Option<usize>,
+pub(super) struct Tree {
+    pub root: Option<u64>,
+    pub len: u64,
+    pub key_len: Option<usize>,
+    pub value_len: Option<usize>,
+}
+
+impl Tree {
+    pub(super) fn widths(&self) -> Widths {
+        (self.key_len, self.value_len)
+    }
 }
 
 /// A page that cannot be read.
@@ -42,13 +45,26 @@ pub(crate) struct Loss {
     pub len: u64,
 }
 
+/// What is lost where no page can be named, or one that another table may have.
+const NO_PAGE: Loss = Loss { offset: 0, len: 0 };
+
+impl From<Extent> for Loss {
+    fn from(Extent { offset, len }: Extent) -> Self {
+        Self { offset, len }
+    }
+}
+
+impl Loss {
+    /// Whether it is a page that can be named.
+    pub(crate) fn is_page(&self) -> bool {
+        self.len > 0
+    }
+}
+
 /// The readable part of a store.
 pub(crate) struct Salvage {
     file: MetaStorage,
-    file_len: u64,
-    /// Bytes before the data of a region, and of a whole region.
-    region_header: u64,
-    region_len: u64,
+    geometry: Geometry,
     /// In the order of the tables; that of free space is the last one.
     trees: Vec<Tree>,
 }
@@ -65,24 +81,33 @@ struct Visitor<'a, E> {
     last: Option<Vec<u8>>,
     each: Visit<'a, E>,
     lost: &'a mut dyn FnMut(Loss),
+    /// The branches that the walk has come by, as their offsets.
+    seen: HashSet<u64>,
 }
 
-fn u16_at(bytes: &[u8], at: usize) -> Option<usize> {
-    let raw = bytes.get(at..at + 2)?.try_into().ok()?;
-    Some(usize::from(u16::from_le_bytes(raw)))
+/// The root of a list of tables, from the commit slot in force: of data (0), or of redb (1).
+pub(super) fn root_of(header: &[u8; HEADER_LEN], which: usize) -> Option<u64> {
+    const ROOT_LEN: usize = 32;
+    let slot = match header[9] & 1 {
+        0 => 64,
+        _ => 192,
+    };
+    match header[slot + 1 + which] {
+        0 => None,
+        _ => u64_at(header, slot + 8 + ROOT_LEN * which),
+    }
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> Option<usize> {
-    let raw = bytes.get(at..at + 4)?.try_into().ok()?;
-    usize::try_from(u32::from_le_bytes(raw)).ok()
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?))
+/// The name of a type: which sort of name, and the name.
+fn named(bytes: &[u8]) -> Option<&str> {
+    let (sort, name) = bytes.split_first()?;
+    std::str::from_utf8(name)
+        .ok()
+        .filter(|_| (1..=4).contains(sort))
 }
 
 /// A table's definition, as the master table has it.
-fn decode_definition(value: &[u8]) -> Option<Tree> {
+pub(super) fn decode_definition(value: &[u8]) -> Option<Tree> {
     const NORMAL: u8 = 3;
     if *value.first()? != NORMAL {
         return None;
@@ -91,6 +116,9 @@ fn decode_definition(value: &[u8]) -> Option<Tree> {
         0 => Some(None),
         _ => Some(Some(u32_at(value, at + 1)?)),
     };
+    let types = 64..64_usize.checked_add(u32_at(value, 60)?)?;
+    named(value.get(types.clone())?)?;
+    named(value.get(types.end..)?)?;
     Some(Tree {
         root: match value.get(9)? {
             0 => None,
@@ -103,7 +131,7 @@ fn decode_definition(value: &[u8]) -> Option<Tree> {
 }
 
 /// Where record `n` of a leaf has its key and value.
-fn pair_of<'p>(
+pub(super) fn pair_of<'p>(
     page: &'p [u8],
     tree: &Tree,
     count: usize,
@@ -139,13 +167,11 @@ fn child_of<'p>(
     keys: usize,
     n: usize,
 ) -> Option<(u64, Option<&'p [u8]>)> {
-    const CHECKSUM_LEN: usize = 16;
-    let children = keys + 1;
-    let child = u64_at(page, 8 + CHECKSUM_LEN * children + 8 * n)?;
+    let child = child_at(page, keys, n)?;
     if n == keys {
         return Some((child, None));
     }
-    let ends = 8 + (CHECKSUM_LEN + 8) * children;
+    let ends = 8 + CHILD_LEN * (keys + 1);
     let (start, end) = match tree.key_len {
         Some(len) => (ends + len * n, ends + len * (n + 1)),
         None => {
@@ -164,30 +190,17 @@ impl Salvage {
     pub(crate) fn open(file: MetaStorage) -> Option<Self> {
         let mut header = [0; HEADER_LEN];
         file.read(0, &mut header).ok()?;
-        if &header[..9] != MAGIC || u32_at(&header, 12)? as u64 != PAGE {
+        if &header[..9] != MAGIC {
             return None;
         }
-        let pages = |at: usize| Some(u32_at(&header, at)? as u64);
-        let region_header = pages(16)? * PAGE;
-        let region_len = region_header + pages(20)? * PAGE;
-        let slot = match header[9] & 1 {
-            0 => 64,
-            _ => 192,
-        };
-        let root = match header[slot + 1] {
-            0 => None,
-            _ => Some(u64_at(&header, slot + 8)?),
-        };
-        let file_len = file.len().ok()?;
+        let geometry = Geometry::decode(&header, file.len().ok()?)?;
         let mut salvage = Self {
             file,
-            file_len,
-            region_header,
-            region_len,
+            geometry,
             trees: Vec::new(),
         };
         let master = Tree {
-            root,
+            root: root_of(&header, 0),
             ..Tree::default()
         };
         let names: Vec<&str> = DEFINITION_NAMES.into_iter().chain([FREE_NAME]).collect();
@@ -211,23 +224,6 @@ impl Salvage {
         self.trees[table].len
     }
 
-    /// Where a page lies in the file, and its length.
-    fn place(&self, number: u64) -> Option<Loss> {
-        let order = u32::try_from(number >> 59).ok()?;
-        if order > ORDER_MAX {
-            return None;
-        }
-        let index = number & (0x000f_ffff >> order);
-        let region = number >> 20 & 0x000f_ffff;
-        let len = PAGE << order;
-        let offset = PAGE
-            .checked_add(region.checked_mul(self.region_len)?)?
-            .checked_add(self.region_header)?
-            .checked_add(index.checked_mul(len)?)?;
-        let end = offset.checked_add(len)?;
-        (end <= self.file_len).then_some(Loss { offset, len })
-    }
-
     fn walk_all<E>(
         &self,
         tree: &Tree,
@@ -240,6 +236,7 @@ impl Salvage {
             last: None,
             each,
             lost,
+            seen: HashSet::new(),
         };
         if let Some(root) = tree.root {
             self.walk(tree, root, 0, &mut visitor)?;
@@ -256,10 +253,12 @@ impl Salvage {
         depth: usize,
         visitor: &mut Visitor<'_, E>,
     ) -> Goes<E> {
-        let Some(place) = self.place(number).filter(|_| depth < DEPTH_MAX) else {
-            (visitor.lost)(Loss { offset: 0, len: 0 });
+        let place = self.geometry.place(number);
+        let Some(place) = place.filter(|_| depth < DEPTH_MAX) else {
+            (visitor.lost)(NO_PAGE);
             return Ok(true);
         };
+        let place = Loss::from(place);
         let mut page = vec![0; usize::try_from(place.len).unwrap_or(0)];
         if self.file.read(place.offset, &mut page).is_err() {
             (visitor.lost)(place);
@@ -267,11 +266,16 @@ impl Salvage {
         }
         let count = u16_at(&page, 2).unwrap_or(0);
         match page[0] {
-            LEAF => Self::walk_leaf(tree, &page, count, place, visitor),
+            LEAF => Self::walk_leaf(tree, &page, count, visitor),
+            // Met again, it leads to what has been seen, or to itself.
+            BRANCH if !visitor.seen.insert(place.offset) => {
+                (visitor.lost)(NO_PAGE);
+                Ok(true)
+            }
             BRANCH => {
                 for n in 0..=count {
                     let Some((child, greatest)) = child_of(&page, tree, count, n) else {
-                        (visitor.lost)(place);
+                        (visitor.lost)(NO_PAGE);
                         return Ok(true);
                     };
                     let passed = greatest.is_some_and(|key| key < visitor.from);
@@ -292,12 +296,11 @@ impl Salvage {
         tree: &Tree,
         page: &[u8],
         count: usize,
-        place: Loss,
         visitor: &mut Visitor<'_, E>,
     ) -> Goes<E> {
         for n in 0..count {
             let Some((key, value)) = pair_of(page, tree, count, n) else {
-                (visitor.lost)(place);
+                (visitor.lost)(NO_PAGE);
                 return Ok(true);
             };
             // The keys of the table of free space are numbers, and read as a whole.
@@ -322,6 +325,14 @@ impl Salvage {
         self.walk_all(&self.trees[table], from, each, &mut |_| {})
     }
 
+    /// The same of all tables, with their numbers.
+    pub(crate) fn all_losses(&self) -> impl Iterator<Item = (usize, Loss)> {
+        (0..self.trees.len()).flat_map(|table| {
+            let losses = self.losses(table);
+            losses.into_iter().map(move |loss| (table, loss))
+        })
+    }
+
     /// The pages of a table that cannot be read.
     pub(crate) fn losses(&self, table: usize) -> Vec<Loss> {
         let mut losses = Vec::new();
@@ -333,12 +344,16 @@ impl Salvage {
     }
 }
 
-/// Puts pages without records in the place of pages that cannot be read, so that redb can walk the
-/// tree to give its pages back. Only for tables that nothing uses any more.
+/// Puts pages with one empty record in the place of pages that cannot be read, so that redb can
+/// walk the tree to give its pages back. Only for tables that nothing uses any more.
 pub(crate) fn blank(file: &MetaStorage, losses: &[Loss]) -> std::io::Result<()> {
-    for loss in losses.iter().filter(|loss| loss.len > 0) {
+    for loss in losses.iter().filter(|loss| loss.is_page()) {
         let mut page = vec![0; usize::try_from(loss.len).unwrap_or(0)];
+        // One empty record, or one of zeros where the widths are fixed.
         page[0] = LEAF;
+        page[2] = 1;
+        page[4] = 12;
+        page[8] = 12;
         file.write(loss.offset, &page)?;
     }
     file.sync_data()

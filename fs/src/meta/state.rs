@@ -11,6 +11,7 @@ use super::checksums::{self, Area, HEAD_BLOCKS, Known};
 use super::head::Head;
 use super::header::Header;
 use super::mirrors::Mirrors;
+use super::page::{GEOMETRY_LEN, Geometry};
 
 /// Blocks of a checksum area that are read at a time.
 const LOAD_BLOCKS_MAX: u64 = 64;
@@ -205,6 +206,13 @@ impl State {
     /// The chunk that holds `page`.
     pub(super) fn chunk_of(&mut self, page: u64) -> Option<&mut MetaChunk> {
         self.chunks.iter_mut().find(|chunk| page < chunk.end_page())
+    }
+
+    /// Where redb's pages are, as its header and the length of the file say.
+    pub(super) fn geometry(&self) -> Option<Geometry> {
+        let mut header = [0; GEOMETRY_LEN];
+        self.header.read(0, &mut header);
+        Geometry::decode(&header, self.head.len_bytes)
     }
 
     /// Blocks of the two head slots and of the header.

@@ -12,15 +12,20 @@
 //! but what redb needs to read.
 
 use std::collections::BTreeMap;
-use std::ops::Bound;
+use std::ops::{Bound, RangeBounds};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use parking_lot::{Mutex, RwLock};
-use redb::{Database, Durability, ReadOnlyTable, ReadableDatabase, TableDefinition};
+use redb::{
+    AccessGuard, Database, Durability, ReadOnlyTable, ReadableDatabase, ReadableTable,
+    StorageBackend, TableDefinition,
+};
 
 use crate::Errno;
 use crate::alloc::SpaceLog;
+
+use super::contain::{Contained, Guarded, Pair, disorder, next_pair};
 
 /// The tables. The numbers are positions in this build, not on the disk: the names are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,15 +131,17 @@ pub(super) type Base = [ReadOnlyTable<&'static [u8], &'static [u8]>; TABLE_COUNT
 struct State {
     open: Group,
     committing: Option<Arc<Group>>,
-    base: Base,
+    base: Guarded<Base>,
 }
 
 /// The metadata store.
 pub(crate) struct Store {
     /// `None` once closed. Only commits lock it for long.
-    db: Mutex<Option<Database>>,
+    db: Mutex<Option<Contained>>,
     /// Bytes of the pages in use, if counted since the last commit.
     used: Mutex<Option<u64>>,
+    /// The tables were seen to be trees, which changes keep.
+    proven: AtomicBool,
     /// How often a row was removed.
     deletions: AtomicU64,
     state: RwLock<State>,
@@ -156,6 +163,8 @@ pub(super) fn write_changes(
         }
         let mut table = write.open_table(definition)?;
         for (key, value) in changes {
+            // A look-up gives up where a tree is too deep; a change would go on.
+            table.get(key.as_slice())?;
             match value {
                 Some(value) => drop(table.insert(key.as_slice(), value.as_slice())?),
                 None => drop(table.remove(key.as_slice())?),
@@ -165,8 +174,19 @@ pub(super) fn write_changes(
     Ok(())
 }
 
+/// Reads a range to its end.
+fn read_all<K: redb::Key + 'static, V: redb::Value + 'static>(
+    mut range: redb::Range<'_, K, V>,
+) -> Result<(), redb::Error> {
+    let mut pending = next_pair(&mut range, None)?;
+    while pending.is_some() {
+        pending = next_pair(&mut range, pending.as_ref())?;
+    }
+    Ok(())
+}
+
 /// redb's own cache, beside the page cache that it reads through.
-const REDB_CACHE_BYTES: usize = 32 << 20;
+pub(super) const REDB_CACHE_BYTES: usize = 32 << 20;
 
 /// The same of a store that only walks.
 const WALK_CACHE_BYTES: usize = 4 << 20;
@@ -174,22 +194,9 @@ const WALK_CACHE_BYTES: usize = 4 << 20;
 impl Store {
     /// Opens the store, or makes it if `backend` is empty.
     pub(crate) fn open(backend: impl redb::StorageBackend) -> Result<Self, redb::Error> {
-        let db = Self::open_database(backend)?;
-        let missing = {
-            let read = db.begin_read()?;
-            read.open_table(FREE).is_err()
-        };
-        if missing {
-            let mut write = db.begin_write()?;
-            write.set_durability(Durability::Immediate)?;
-            write.set_quick_repair(true);
-            for definition in DEFINITIONS {
-                write.open_table(definition)?;
-            }
-            write.open_table(FREE)?;
-            write.commit()?;
-        }
-        let base = Self::snapshot(&db)?;
+        let db = Contained::open(backend, REDB_CACHE_BYTES)?;
+        db.run(Self::make_missing)?;
+        let base = db.guard(db.run(Self::snapshot)?);
         let state = State {
             open: Group::default(),
             committing: None,
@@ -198,17 +205,25 @@ impl Store {
         Ok(Self {
             db: Mutex::new(Some(db)),
             used: Mutex::new(None),
+            proven: AtomicBool::new(false),
             deletions: AtomicU64::new(0),
             state: RwLock::new(state),
         })
     }
 
-    pub(super) fn open_database(
-        backend: impl redb::StorageBackend,
-    ) -> Result<Database, redb::Error> {
-        Ok(Database::builder()
-            .set_cache_size(REDB_CACHE_BYTES)
-            .create_with_backend(backend)?)
+    /// Makes the tables, if there are none.
+    fn make_missing(db: &Database) -> Result<(), redb::Error> {
+        if db.begin_read()?.open_table(FREE).is_ok() {
+            return Ok(());
+        }
+        let mut write = db.begin_write()?;
+        write.set_durability(Durability::Immediate)?;
+        write.set_quick_repair(true);
+        for definition in DEFINITIONS {
+            write.open_table(definition)?;
+        }
+        write.open_table(FREE)?;
+        Ok(write.commit()?)
     }
 
     /// Opens the same store anew, between closing it and using what `prepare` gives; look-ups wait.
@@ -222,8 +237,8 @@ impl Store {
         if let Some(db) = db.take() {
             db.close()?;
         }
-        let opened = Self::open_database(prepare()?)?;
-        state.base = Self::snapshot(&opened)?;
+        let opened = Contained::open(prepare()?, REDB_CACHE_BYTES)?;
+        state.base = opened.guard(opened.run(Self::snapshot)?);
         *db = Some(opened);
         Ok(())
     }
@@ -258,9 +273,13 @@ impl Store {
         {
             return Ok(use_value(value.as_deref()));
         }
-        let found = state.base[table as usize]
-            .get(key)
-            .map_err(|e| failed("read", e))?;
+        let found = state.base.read(|base| {
+            let found = base[table as usize].get(key)?;
+            // Looks at it where a panic does no harm.
+            let _value = found.as_ref().map(AccessGuard::value);
+            Ok(found)
+        });
+        let found = found.map_err(|e| failed("read", e))?;
         Ok(use_value(found.as_ref().map(|guard| guard.value())))
     }
 
@@ -338,10 +357,18 @@ impl Store {
             .as_ref()
             .map_or(&empty, |g| &g.changes[table as usize]);
         let mut committing = committing.range::<[u8], _>(bounds).peekable();
-        let mut base = state.base[table as usize]
-            .range::<&[u8]>(from..to)
-            .map_err(|e| failed("scan", e))?;
-        let mut pending = base.next().transpose().map_err(|e| failed("scan", e))?;
+        let base = state
+            .base
+            .read(|base| Ok(base[table as usize].range::<&[u8]>(from..to)?));
+        let mut base = base.map_err(|e| failed("scan", e))?;
+        let mut next = |before: Option<&Pair<'static, _, _>>| {
+            let pair: Option<Pair<'static, &[u8], &[u8]>> = next_pair(&mut base, before)?;
+            match &pair {
+                Some((key, _)) if !(from..to).contains(&key.value()) => Err(disorder()),
+                _ => Ok(pair),
+            }
+        };
+        let mut pending = next(None).map_err(|e| failed("scan", e))?;
         loop {
             let keys = [
                 open.peek().map(|(key, _)| key.as_slice()),
@@ -373,7 +400,7 @@ impl Store {
                 committing.next();
             }
             if at_least[2] {
-                pending = base.next().transpose().map_err(|e| failed("scan", e))?;
+                pending = next(pending.as_ref()).map_err(|e| failed("scan", e))?;
             }
         }
     }
@@ -403,12 +430,18 @@ impl Store {
             let bounds = (Bound::Included(from), upto);
             let newest = open.range::<[u8], _>(bounds).next_back();
             let middle = committing.range::<[u8], _>(bounds).next_back();
-            let oldest = state.base[table as usize]
-                .range::<&[u8]>(bounds)
-                .map_err(|e| failed("scan", e))?
-                .next_back()
-                .transpose()
-                .map_err(|e| failed("scan", e))?;
+            let oldest = state.base.read(|base| {
+                let mut range = base[table as usize].range::<&[u8]>(bounds)?;
+                let oldest = range.next_back().transpose()?;
+                match &oldest {
+                    Some((key, _)) if !bounds.contains(key.value()) => Err(disorder()),
+                    _ => {
+                        let _value = oldest.as_ref().map(|(_, value)| value.value());
+                        Ok(oldest)
+                    }
+                }
+            });
+            let oldest = oldest.map_err(|e| failed("scan", e))?;
             let greatest = [
                 newest.map(|(key, _)| key.as_slice()),
                 middle.map(|(key, _)| key.as_slice()),
@@ -447,22 +480,26 @@ impl Store {
     }
 
     /// Makes the frozen group durable, with the changes of free space that belong to it.
-    pub(crate) fn commit(&self, space: &SpaceLog) -> Result<(), redb::Error> {
+    pub(crate) fn commit(&self, space: &Arc<SpaceLog>) -> Result<(), redb::Error> {
         let group = self.state.read().committing.clone();
         let Some(group) = group else { return Ok(()) };
         let db = self.db.lock();
         let db = db.as_ref().ok_or(redb::Error::DatabaseClosed)?;
-        let mut write = db.begin_write()?;
-        write.set_durability(Durability::Immediate)?;
-        write.set_quick_repair(true);
-        write_changes(&write, &group.changes)?;
-        {
-            let mut free = write.open_table(FREE)?;
-            space.apply(&mut free)?;
-        }
-        write.commit()?;
+        let space = Arc::clone(space);
+        let base = db.run(move |db| {
+            let mut write = db.begin_write()?;
+            write.set_durability(Durability::Immediate)?;
+            write.set_quick_repair(true);
+            write_changes(&write, &group.changes)?;
+            {
+                let mut free = write.open_table(FREE)?;
+                space.apply(&mut free)?;
+            }
+            write.commit()?;
+            Self::snapshot(db)
+        })?;
+        let base = db.guard(base);
         *self.used.lock() = None;
-        let base = Self::snapshot(db)?;
         let mut state = self.state.write();
         let old = std::mem::replace(&mut state.base, base);
         state.committing = None;
@@ -477,50 +514,46 @@ impl Store {
         &self,
         probe: impl FnOnce() -> B,
     ) -> Result<(), redb::Error> {
-        use redb::ReadableTable;
         let (_in_place, copy) = {
             let db = self.db.lock();
             let db = db.as_ref().ok_or(redb::Error::DatabaseClosed)?;
-            let in_place = db.begin_read()?;
-            let copy = Database::builder()
-                .set_cache_size(WALK_CACHE_BYTES)
-                .create_with_backend(probe())?;
-            (in_place, copy)
+            let in_place = db.guard(db.run(|db| Ok(db.begin_read()?))?);
+            (in_place, Contained::open(probe(), WALK_CACHE_BYTES)?)
         };
-        let read = copy.begin_read()?;
-        let mut result = Ok(());
-        for definition in DEFINITIONS {
-            let walked = read.open_table(definition).map_err(redb::Error::from);
-            let walked = walked.and_then(|table| {
-                for entry in table.iter()? {
-                    entry?;
-                }
-                Ok(())
-            });
-            // Damage in one table keeps nobody from reading the others.
-            result = result.and(walked);
-        }
-        for entry in read.open_table(FREE)?.iter()? {
-            entry?;
-        }
-        result
+        copy.run(|copy| {
+            let read = copy.begin_read()?;
+            let mut result = Ok(());
+            for definition in DEFINITIONS {
+                let walked = read.open_table(definition).map_err(redb::Error::from);
+                let walked = walked.and_then(|table| read_all(table.range::<&[u8]>(..)?));
+                // Damage in one table keeps nobody from reading the others.
+                result = result.and(walked);
+            }
+            result.and(read_all(read.open_table(FREE)?.range::<u64>(..)?))
+        })
     }
 
     /// Bytes of redb's file that are in use in the durable state. Walks all tables, so it is for
-    /// when space is short; counted once between two commits. Waits for a commit under way.
-    pub(crate) fn used_bytes(&self) -> Result<u64, redb::Error> {
+    /// when space is short; counted once between two commits. `file` is what the store is in.
+    /// Waits for a commit under way.
+    pub(crate) fn used_bytes(&self, file: impl StorageBackend) -> Result<u64, redb::Error> {
         let db = self.db.lock();
         let counted = *self.used.lock();
         if let Some(used) = counted {
             return Ok(used);
         }
-        let write = db
-            .as_ref()
-            .ok_or(redb::Error::DatabaseClosed)?
-            .begin_write()?;
-        let stats = write.stats()?;
-        write.abort()?;
-        let used = stats.allocated_pages() * stats.page_size() as u64;
+        let db = db.as_ref().ok_or(redb::Error::DatabaseClosed)?;
+        let proven = self.proven.load(Ordering::Relaxed);
+        let used = db.run(move |db| {
+            if !proven {
+                super::system::prove(&file)?;
+            }
+            let write = db.begin_write()?;
+            let stats = write.stats()?;
+            write.abort()?;
+            Ok(stats.allocated_pages() * stats.page_size() as u64)
+        })?;
+        self.proven.store(true, Ordering::Relaxed);
         *self.used.lock() = Some(used);
         Ok(used)
     }
@@ -529,23 +562,23 @@ impl Store {
     pub(crate) fn close(&self) -> Result<(), redb::Error> {
         let db = self.db.lock().take();
         match db {
-            Some(db) => Ok(db.close()?),
+            Some(db) => db.close(),
             None => Ok(()),
         }
     }
 
     /// Hands every free extent of the durable state to `each`, in order.
     pub(crate) fn scan_free(&self, each: &mut dyn FnMut(u64, u64)) -> Result<(), redb::Error> {
-        use redb::ReadableTable;
-        let db = self.db.lock();
-        let read = db
-            .as_ref()
-            .ok_or(redb::Error::DatabaseClosed)?
-            .begin_read()?;
-        let table = read.open_table(FREE)?;
-        for entry in table.iter()? {
-            let (start, len) = entry?;
+        let free = {
+            let db = self.db.lock();
+            let db = db.as_ref().ok_or(redb::Error::DatabaseClosed)?;
+            db.guard(db.run(|db| Ok(db.begin_read()?.open_table(FREE)?))?)
+        };
+        let mut range = free.read(|free| Ok(free.range::<u64>(..)?))?;
+        let mut pending = next_pair(&mut range, None)?;
+        while let Some((start, len)) = &pending {
             each(start.value(), len.value());
+            pending = next_pair(&mut range, pending.as_ref())?;
         }
         Ok(())
     }

@@ -403,7 +403,8 @@ impl Probe {
             self.met.lock().insert(page);
         }
         let mut bytes = vec![0; PAGE_SIZE];
-        redb::StorageBackend::read(&self.file, page * PAGE_SIZE as u64, &mut bytes)?;
+        self.file
+            .read_unchecked(page * PAGE_SIZE as u64, &mut bytes)?;
         Ok(bytes)
     }
 
@@ -437,7 +438,8 @@ impl redb::StorageBackend for Probe {
             let len = part.len();
             out[part].copy_from_slice(&bytes[within..within + len]);
             Ok(())
-        })
+        })?;
+        self.file.check(offset, out)
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
