@@ -47,6 +47,9 @@ const PACKAGES: &[(&str, &str)] = &[
     ("cargo", "cargo"),
     ("cc", "build-essential"),
     ("mount", "mount"),
+    ("findmnt", "util-linux"),
+    ("systemd-analyze", "systemd"),
+    ("udevadm", "udev"),
     ("unshare", "util-linux"),
     ("which", "debianutils"),
 ];

@@ -2,10 +2,13 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `mkfs.rs` `mount.rs` `umount.rs` `fsck.rs` `scrub.rs` `info.rs` `stats.rs` | the verbs |
+//! | `mkfs.rs` `mount.rs` `umount.rs` `fsck.rs` `scrub.rs` `info.rs` `stats.rs` `probe.rs` | the verbs |
 //! | `daemon.rs` | the process that serves a mount |
 //! | `control.rs` | the socket by which the verbs talk to it |
-//! | `devices.rs` | device lists, finding members, opening them |
+//! | `devices.rs` | device lists, opening them |
+//! | `members.rs` | finding members, by device or tag |
+//! | `fstab.rs` | what fstab says of a mount point |
+//! | `notify.rs` | what a service manager is told |
 //! | `options.rs` `size.rs` | what follows `-o`; sizes |
 //! | `table.rs` `print.rs` | tables, JSON |
 //! | `meter.rs` | progress of fsck |
@@ -23,13 +26,17 @@ mod descriptors;
 mod devices;
 mod exit;
 mod fsck;
+mod fstab;
 mod info;
 mod logger;
+mod members;
 mod meter;
 mod mkfs;
 mod mount;
+mod notify;
 mod options;
 mod print;
+mod probe;
 mod scrub;
 mod signals;
 mod size;
@@ -63,6 +70,7 @@ enum Verb {
     Info(info::InfoArgs),
     Stats(stats::StatsArgs),
     Scrub(scrub::ScrubArgs),
+    Probe(probe::ProbeArgs),
 }
 
 /// What the program was called as.
@@ -123,6 +131,7 @@ fn run(mut words: Vec<OsString>) -> Result<(), CliError> {
             exit::FSCK_USAGE
         }
         Some("scrub") => exit::FSCK_USAGE,
+        Some("probe") => exit::PROBE_USAGE,
         _ => exit::USAGE,
     };
     let cli = Cli::try_parse_from(words).map_err(|error| parse_error(&error, usage))?;
@@ -134,6 +143,7 @@ fn run(mut words: Vec<OsString>) -> Result<(), CliError> {
         Verb::Info(args) => info::run(&args),
         Verb::Stats(args) => stats::run(&args),
         Verb::Scrub(args) => scrub::run(&args),
+        Verb::Probe(args) => probe::run(&args),
     }
 }
 

@@ -35,11 +35,14 @@ pub struct UmountArgs {
     #[arg(short = 't', hide = true)]
     fs_type: Option<String>,
     #[arg(short = 'N', hide = true)]
-    namespace: Option<String>,
+    namespace: Option<PathBuf>,
 }
 
 /// `braidfs umount`.
 pub fn run(args: &UmountArgs) -> Result<(), CliError> {
+    if let Some(namespace) = &args.namespace {
+        super::mount::enter_namespace(namespace)?;
+    }
     let entry = find(Path::new(&args.place))?;
     let place = entry.mount_point.display().to_string();
     let how = match (args.force, args.lazy) {
