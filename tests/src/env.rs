@@ -50,6 +50,11 @@ const PACKAGES: &[(&str, &str)] = &[
     ("findmnt", "util-linux"),
     ("systemd-analyze", "systemd"),
     ("udevadm", "udev"),
+    ("zsh", "zsh"),
+    ("fish", "fish"),
+    ("groff", "groff-base"),
+    ("man", "man-db"),
+    ("dpkg-deb", "dpkg"),
     ("unshare", "util-linux"),
     ("which", "debianutils"),
 ];

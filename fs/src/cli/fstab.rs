@@ -1,5 +1,5 @@
-//! What /etc/fstab says of a mount point, so that `braidfs mount MOUNTPOINT` does what mount(8) does
-//! with it, in the foreground too.
+//! What /etc/fstab says of a mount point, so that `braidfs mount MOUNTPOINT` does what mount(8)
+//! does with it, in the foreground too.
 
 use std::ffi::OsString;
 use std::fs;

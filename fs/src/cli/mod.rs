@@ -2,7 +2,8 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `mkfs.rs` `mount.rs` `umount.rs` `fsck.rs` `scrub.rs` `info.rs` `stats.rs` `probe.rs` | the verbs |
+//! | `mkfs.rs` `mount.rs` `umount.rs` `fsck.rs` `scrub.rs` | the verbs |
+//! | `info.rs` `stats.rs` `probe.rs` | those that only look |
 //! | `daemon.rs` | the process that serves a mount |
 //! | `control.rs` | the socket by which the verbs talk to it |
 //! | `devices.rs` | device lists, opening them |
@@ -12,6 +13,7 @@
 //! | `options.rs` `size.rs` | what follows `-o`; sizes |
 //! | `table.rs` `print.rs` | tables, JSON |
 //! | `meter.rs` | progress of fsck |
+//! | `manual.rs` | man pages and shell completions |
 //! | `signals.rs` | signals that ask to end |
 //! | `logger.rs` | log lines to the standard error, a file or syslog |
 //! | `descriptors.rs` | what a daemon does not keep of its caller |
@@ -29,6 +31,7 @@ mod fsck;
 mod fstab;
 mod info;
 mod logger;
+mod manual;
 mod members;
 mod meter;
 mod mkfs;
@@ -109,6 +112,12 @@ pub fn main() -> ExitCode {
             words.insert(1.min(words.len()), OsString::from(verb));
             run(words)
         }
+        Name::Braidfs if words.get(1).is_some_and(|word| word == manual::VERB) => {
+            words.remove(1);
+            manual::ManualArgs::try_parse_from(words)
+                .map_err(|error| parse_error(&error, exit::USAGE))
+                .and_then(|args| manual::run(&args))
+        }
         Name::Braidfs => run(words),
     };
     match result {
@@ -168,6 +177,7 @@ mod tests {
         use clap::CommandFactory;
         Cli::command().debug_assert();
         mount::HelperArgs::command().debug_assert();
+        manual::ManualArgs::command().debug_assert();
     }
 
     #[test]

@@ -21,6 +21,7 @@ use crate::fuse::MsFlags;
 
 /// Mount a file system; returns when it can be used.
 #[derive(clap::Args, Debug)]
+#[command(override_usage = "braidfs mount [OPTIONS] [DEV]... MOUNTPOINT")]
 pub struct MountArgs {
     /// Options, separated by commas: ro, noatime, relatime, strictatime, sync, commit=SECONDS,
     /// cache_size=SIZE, direct_io, writeback_cache, allow_other, allow_root, discard, nodirect,

@@ -1,8 +1,8 @@
-//! `braidfs probe`: what the labels of devices say, for udev and programs, as blkid(8) tells it of the
-//! file systems that it knows.
+//! `braidfs probe`: what the labels of devices say, for udev and programs, as blkid(8) tells it of
+//! the file systems that it knows.
 //!
-//! A label is what somebody wrote to a device: nothing of it gets out but harmless characters, since
-//! udev takes each line for a property.
+//! A label is what somebody wrote to a device: nothing of it gets out but harmless characters,
+//! since udev takes each line for a property.
 
 use std::ffi::OsString;
 use std::path::Path;
