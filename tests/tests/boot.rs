@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use braidfs_tests::command::{Cmd, Output};
+use braidfs_tests::command::{Cmd, Output, wait_until};
 use braidfs_tests::daemon;
 use braidfs_tests::env::{Env, Outcome, project_root};
 use braidfs_tests::loopdev::LoopDevice;
@@ -53,14 +53,6 @@ fn name(path: &Path) -> String {
 fn joined(devices: &[PathBuf]) -> String {
     let names: Vec<String> = devices.iter().map(|device| name(device)).collect();
     names.join(":")
-}
-
-fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !holds() {
-        assert!(Instant::now() < deadline, "not within 20 s: {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
 }
 
 fn exits(command: Cmd, code: i32) -> Output {

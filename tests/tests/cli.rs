@@ -4,9 +4,8 @@ use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
-use braidfs_tests::command::Cmd;
+use braidfs_tests::command::{Cmd, wait_until};
 use braidfs_tests::daemon;
 use braidfs_tests::env::{Env, Outcome};
 use braidfs_tests::machine::link_helpers;
@@ -156,14 +155,6 @@ fn mount_lets_go(env: &Env) -> Outcome {
     assert!(volume.path("first").exists());
     volume.umount();
     Ok(())
-}
-
-fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !holds() {
-        assert!(Instant::now() < deadline, "not within 10 s: {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
 }
 
 fn foreground(env: &Env) -> Outcome {

@@ -264,7 +264,7 @@ mod tests {
                         format!("{name}={}", value.split('|').next().unwrap_or_default())
                     }
                 };
-                let parsed = ParsedOptions::parse(&[sample.clone()], false);
+                let parsed = ParsedOptions::parse(std::slice::from_ref(&sample), false);
                 assert!(parsed.is_ok(), "{sample}: {parsed:?}");
             }
         }

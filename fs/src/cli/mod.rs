@@ -48,7 +48,6 @@ mod table;
 mod umount;
 
 use std::ffi::{OsStr, OsString};
-use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -124,9 +123,7 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             if !error.message.is_empty() {
-                let line = format!("braidfs: {}\n", error.message);
-                // With nobody to tell, the exit code says it.
-                drop(std::io::stderr().write_all(line.as_bytes()));
+                logger::last_word(&error.message);
             }
             ExitCode::from(error.code)
         }

@@ -287,7 +287,13 @@ fn check_mount_point(path: &Path) -> Result<PathBuf, CliError> {
     };
     let meta = match fs::metadata(path) {
         Ok(meta) => meta,
-        Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => {
+        // While the daemon's end is under way, requests are aborted.
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::ENOTCONN | libc::ECONNABORTED)
+            ) =>
+        {
             return refuse(
                 "a FUSE file system whose daemon is gone is still mounted there; 'umount' it first",
             );

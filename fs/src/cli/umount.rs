@@ -52,7 +52,10 @@ pub fn run(args: &UmountArgs) -> Result<(), CliError> {
     };
     // Asked first, as afterwards there is nothing to ask; and not of a mount that may hang.
     let dead = how == Unmount::Normal
-        && nix::sys::statvfs::statvfs(&entry.mount_point) == Err(Errno::ENOTCONN);
+        && matches!(
+            nix::sys::statvfs::statvfs(&entry.mount_point),
+            Err(Errno::ENOTCONN | Errno::ECONNABORTED)
+        );
     // The daemon must know that we wait before the mount is gone.
     let waiting = match dead {
         true => None,
