@@ -37,12 +37,13 @@ pub const MOUNT_OPTIONS: &[(&str, &str)] = &[
         "The opposite of the option without, or with, no.",
     ),
     (
-        "direct_io",
-        "File data is cached by braidfs only. This is the default.",
+        "writeback_cache, kernel_cache",
+        "File data is cached by the kernel too: best for small reads and writes, for mappings, and \
+         for everyday use. This is the default.",
     ),
     (
-        "writeback_cache, kernel_cache",
-        "File data is cached by the kernel too: better for tiny writes and shared mappings.",
+        "direct_io",
+        "File data is cached by braidfs only: faster for large buffered writes, slower for tiny ones.",
     ),
     (
         "allow_other, noallow_other, allow_root",
