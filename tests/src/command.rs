@@ -16,6 +16,8 @@ use nix::unistd::Pid;
 
 /// How long a program may take unless told otherwise.
 const DEFAULT_LIMIT: Duration = Duration::from_secs(60);
+/// How long [`wait_until`] waits.
+const SOON: Duration = Duration::from_secs(20);
 /// How long a killed program may take to be gone.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
@@ -295,6 +297,15 @@ impl Output {
     /// Standard output and error together.
     pub fn text(&self) -> String {
         format!("{}\n{}", self.stdout, self.stderr)
+    }
+}
+
+/// Waits for something that happens soon; fails the test, saying what, if it does not.
+pub fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + SOON;
+    while !holds() {
+        assert!(Instant::now() < deadline, "not within {SOON:?}: {what}");
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 

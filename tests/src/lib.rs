@@ -12,6 +12,7 @@
 //! | a volume: images, mkfs, mount, umount, kill, stats | `volume.rs` |
 //! | the daemon's process: finding, memory, killing | `daemon.rs` |
 //! | loop devices and throttles | `loopdev.rs`, `throttle.rs` |
+//! | helpers, fstab and links as on an administrator's machine | `machine.rs` |
 //! | reading `stats --json` and `info --json` | `report.rs` |
 //! | data that says where it belongs | `pattern.rs` |
 //! | making and comparing trees | `specimen.rs`, `source_tree.rs`, `compare.rs` |
@@ -29,6 +30,7 @@ pub mod compare;
 pub mod daemon;
 pub mod env;
 pub mod loopdev;
+pub mod machine;
 pub mod pattern;
 pub mod peer;
 pub mod report;

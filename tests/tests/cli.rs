@@ -1,14 +1,14 @@
 //! The command line as its users meet it: people, scripts, mount(8), fstab.
 
 use std::fs::{self, File};
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
-use braidfs_tests::command::Cmd;
+use braidfs_tests::command::{Cmd, wait_until};
 use braidfs_tests::daemon;
-use braidfs_tests::env::{Env, Outcome, Skip};
+use braidfs_tests::env::{Env, Outcome};
+use braidfs_tests::machine::link_helpers;
 use braidfs_tests::report::{list, number};
 use braidfs_tests::runner::{self, Test};
 use braidfs_tests::volume::{MIB, Volume};
@@ -30,7 +30,6 @@ fn main() -> ExitCode {
             Test::new("any_one_member_is_enough", 60, any_one_member),
             Test::new("members_in_one_word", 60, one_word),
             Test::new("answers_to_the_names_of_helpers", 60, multi_call),
-            Test::new("mount_8_finds_the_helper", 60, mount_8),
             Test::new("read_only_mounts_change_nothing", 60, read_only),
             Test::new("options_are_accepted_and_shown", 60, options),
             Test::new("plain_umount_loses_nothing", 60, plain_umount),
@@ -158,14 +157,6 @@ fn mount_lets_go(env: &Env) -> Outcome {
     Ok(())
 }
 
-fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !holds() {
-        assert!(Instant::now() < deadline, "not within 10 s: {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
 fn foreground(env: &Env) -> Outcome {
     let mut volume = Volume::format(env, "v", &[MEMBER_BYTES; 2], &[]);
     let command = env.braidfs().args(["mount", "-f"]).args(&volume.devices);
@@ -285,24 +276,9 @@ fn one_word(env: &Env) -> Outcome {
     Ok(())
 }
 
-/// The program under the names that mount(8), mkfs(8) and fsck(8) look for.
-fn helpers(env: &Env) -> PathBuf {
-    let bin = env.mkdir("sbin");
-    for verb in [
-        "mkfs",
-        "mount",
-        "umount",
-        "fsck",
-        "mount.fuse",
-        "umount.fuse",
-    ] {
-        symlink(&env.bin, bin.join(format!("{verb}.braidfs"))).expect("a helper's name");
-    }
-    bin
-}
-
 fn multi_call(env: &Env) -> Outcome {
-    let bin = helpers(env);
+    let bin = env.mkdir("sbin");
+    link_helpers(env, &bin);
     let mut volume = Volume::unformatted(env, "v", &[MEMBER_BYTES; 2]);
     let helper = |name: &str| Cmd::new(bin.join(format!("{name}.braidfs")));
     helper("mkfs").args(&volume.devices).ok();
@@ -324,50 +300,6 @@ fn multi_call(env: &Env) -> Outcome {
     assert_eq!(
         fs::read_to_string(volume.path("mount.fuse")).expect("read"),
         "mount.fuse"
-    );
-    volume.umount();
-    Ok(())
-}
-
-/// With the helper where mount(8) looks, `mount -t` and `umount` work, fstab options and all.
-fn mount_8(env: &Env) -> Outcome {
-    // The test has a mount namespace of its own: what is laid over /sbin is seen by nobody else.
-    let (upper, work) = (env.mkdir("upper"), env.mkdir("overlay-work"));
-    for verb in ["mount", "umount", "mount.fuse", "umount.fuse"] {
-        let place = upper.join(format!("{verb}.braidfs"));
-        symlink(&env.bin, place).expect("a helper's name");
-    }
-    let sbin = fs::canonicalize("/sbin").expect("/sbin");
-    let layers = format!(
-        "lowerdir={},upperdir={},workdir={}",
-        sbin.display(),
-        upper.display(),
-        work.display()
-    );
-    let overlay = Cmd::new("mount")
-        .args(["-t", "overlay", "overlay", "-o", &layers])
-        .arg(&sbin);
-    let overlay = overlay.run();
-    if !overlay.status.success() {
-        return Err(Skip(format!(
-            "no overlay over /sbin here: {}",
-            overlay.stderr.trim()
-        )));
-    }
-    let mut volume = Volume::format(env, "v", &[MEMBER_BYTES; 2], &[]);
-    let word = joined(&volume.devices);
-    for kind in ["braidfs", "fuse.braidfs"] {
-        let mount = Cmd::new("mount").args(["-t", kind, "-o", "noatime,nosuid,nodev", &word]);
-        mount.arg(&volume.mountpoint).ok();
-        volume.adopt();
-        fs::write(volume.path(kind), kind).expect("write to the volume");
-        Cmd::new("umount").arg(&volume.mountpoint).ok();
-        wait_until("the daemon's end", || !volume.daemon().is_alive());
-    }
-    volume.mount(&["ro"]);
-    assert_eq!(
-        fs::read_to_string(volume.path("fuse.braidfs")).expect("read"),
-        "fuse.braidfs"
     );
     volume.umount();
     Ok(())

@@ -339,6 +339,7 @@ fn scripts_stop_at_errors_and_explain_themselves() {
         "scripts/bench",
         "scripts/campaign",
         "scripts/fuzz",
+        "scripts/install",
         "scripts/mutants",
         "scripts/quickstart",
         "scripts/test",

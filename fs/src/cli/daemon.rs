@@ -17,9 +17,11 @@ use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 
 use super::control::{self, ControlServer};
-use super::devices::{Member, find_members, open_all};
+use super::devices::{open_all, source_name};
 use super::exit::{self, CliError};
 use super::logger;
+use super::members::{FindError, Member, find_members_in_time};
+use super::notify::Manager;
 use super::options::ParsedOptions;
 use crate::fuse::mounts::MountEntry;
 use crate::fuse::{self, FuseOptions, MountHandle, MountSpec, Mounted, Unmount};
@@ -35,8 +37,8 @@ const LET_GO: Duration = Duration::from_secs(5);
 pub struct Job {
     /// Members as they were given.
     pub devices: Vec<PathBuf>,
-    /// What the mount table shows.
-    pub source: String,
+    /// What the mount table shows; the members that are found, if nothing.
+    pub source: Option<String>,
     /// The directory, absolute and without symbolic links.
     pub mount_point: PathBuf,
     /// Checked options.
@@ -44,6 +46,14 @@ pub struct Job {
     /// Somebody waits on the standard output for the word that the mount is usable, and the
     /// standard descriptors are to be left then.
     pub background: bool,
+}
+
+impl Job {
+    /// The members, as far as they are there when the time to wait for them is over.
+    pub fn members(&self) -> Result<Vec<Member>, FindError> {
+        let options = &self.options;
+        find_members_in_time(&self.devices, &options.search, options.device_wait)
+    }
 }
 
 /// The line on the standard output of a background daemon that says: the mount is usable.
@@ -55,9 +65,16 @@ pub fn run(mut job: Job) -> Result<(), CliError> {
     let signals = super::signals::block().map_err(exit::system)?;
     let directory = control::own_directory().map_err(exit::system)?;
     let logfile = open_logfile(&job)?;
+    let manager = match job.background {
+        true => Manager::none(),
+        false => Manager::of_this_process(),
+    };
     let fs = mount_core(&mut job)?;
-    match serve(&job, &fs, &directory, signals, logfile) {
-        Ok(server) => finish(fs, Some(&server)),
+    match serve(&job, &fs, &directory, signals, logfile, &manager) {
+        Ok(server) => {
+            let _stopping = manager.stopping("writing back");
+            finish(fs, Some(&server))
+        }
         Err(error) => {
             if let Err(second) = finish(fs, None) {
                 error!("{}", second.message);
@@ -82,11 +99,12 @@ fn open_logfile(job: &Job) -> Result<Option<File>, CliError> {
 
 /// Opens the members and mounts the core, read-only if it must be.
 fn mount_core(job: &mut Job) -> Result<Arc<FileSystem>, CliError> {
-    let members = find_members(&job.devices).map_err(exit::failure)?;
-    let paths: Vec<PathBuf> = members
-        .iter()
-        .map(|member: &Member| member.path.clone())
-        .collect();
+    let members = job.members().map_err(exit::failure)?;
+    let paths: Vec<PathBuf> = members.into_iter().map(|member| member.path).collect();
+    if job.source.is_none() {
+        let words: Vec<_> = paths.iter().map(|path| path.clone().into()).collect();
+        job.source = Some(source_name(&words));
+    }
     job.options.settle_access(&paths).map_err(exit::failure)?;
     let read_only = job.options.core.read_only;
     let mode = OpenMode {
@@ -114,11 +132,12 @@ fn serve(
     directory: &Path,
     signals: SigSet,
     logfile: Option<File>,
+    manager: &Manager,
 ) -> Result<ControlServer, CliError> {
     let options = &job.options;
     let as_root = nix::unistd::geteuid().is_root();
     let spec = MountSpec {
-        source: options.fsname.clone().unwrap_or_else(|| job.source.clone()),
+        source: (options.fsname.clone().or_else(|| job.source.clone())).unwrap_or_default(),
         subtype: options.subtype.clone(),
         mount_point: job.mount_point.clone(),
         allow_other: options
@@ -147,7 +166,7 @@ fn serve(
             return Err(exit::system(message));
         }
     };
-    let started = start_threads(mounted, &handle, signals, job.background)
+    let started = start_threads(mounted, &handle, signals, job.background, manager)
         .and_then(|session| {
             first_answer(&job.mount_point)?;
             Ok(session)
@@ -169,7 +188,9 @@ fn serve(
             )));
         }
     };
-    info!("{} is mounted", job.mount_point.display());
+    let status = format!("mounted on {}", job.mount_point.display());
+    info!("{status}");
+    manager.ready(&status);
     drop(handle);
     match session.recv() {
         Ok(Ok(())) => {}
@@ -196,6 +217,7 @@ fn start_threads(
     handle: &MountHandle,
     signals: SigSet,
     background: bool,
+    manager: &Manager,
 ) -> io::Result<SessionEnd> {
     let (ended, end) = mpsc::channel();
     thread::Builder::new()
@@ -206,17 +228,15 @@ fn start_threads(
             let _start_failed = ended.send(result);
         })?;
     let file_system = Arc::downgrade(handle.file_system());
-    let mount = handle.mount().clone();
+    let target = SignalTarget {
+        file_system,
+        mount: handle.mount().clone(),
+        background,
+        manager: manager.clone(),
+    };
     thread::Builder::new()
         .name("braidfs-signals".into())
-        .spawn(move || {
-            let target = SignalTarget {
-                file_system,
-                mount,
-                background,
-            };
-            target.serve(&signals);
-        })?;
+        .spawn(move || target.serve(&signals))?;
     Ok(end)
 }
 
@@ -283,6 +303,7 @@ struct SignalTarget {
     file_system: std::sync::Weak<FileSystem>,
     mount: MountEntry,
     background: bool,
+    manager: Manager,
 }
 
 impl SignalTarget {
@@ -310,6 +331,7 @@ impl SignalTarget {
 
     fn end_soon(&self) {
         let place = self.mount.mount_point.display();
+        let _stopping = self.manager.stopping("unmounting");
         match fuse::unmount_if_ours(&self.mount, Unmount::Normal) {
             Ok(()) => return,
             Err(Errno::EBUSY) => warn!(

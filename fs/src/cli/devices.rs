@@ -1,34 +1,29 @@
-//! Member devices: lists on the command line, finding the others, opening them.
+//! Member devices: lists on the command line, opening them, who else uses them.
 
-use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use super::members::Tag;
 use crate::fuse::mounts::{MountEntry, mounts};
-use braidfs_blockdev::{
-    ANSWER_TIME_DEFAULT, BlockDevice, LabelError, LabelInfo, OpenError, OpenMode, open_device,
-    read_label,
-};
-
-/// Most entries of a directory that are looked at for other members.
-const SCAN_MAX: usize = 16_384;
+use braidfs_blockdev::{BlockDevice, OpenError, OpenMode, open_device, read_label};
 
 /// A device may be held a moment longer by somebody who just looked at it, or just let go of it.
 const IN_USE_TRIES: usize = 10;
 const IN_USE_PAUSE: Duration = Duration::from_millis(100);
 
 /// Splits words into device paths: `dev0:dev1` in one word (fstab has one word) or several words.
-/// A word that exists as it stands is one path, whatever it contains.
+/// A word that exists as it stands is one path, whatever it contains; so is a tag (`LABEL=a:b`).
 pub fn device_list(words: &[OsString]) -> Result<Vec<PathBuf>, String> {
     let mut paths = Vec::new();
     for word in words {
-        if !word.as_bytes().contains(&b':') || Path::new(word).exists() {
+        let is_one = !word.as_bytes().contains(&b':') || Tag::parse(word).is_some();
+        if is_one || Path::new(word).exists() {
             paths.push(PathBuf::from(word));
             continue;
         }
@@ -43,8 +38,8 @@ pub fn device_list(words: &[OsString]) -> Result<Vec<PathBuf>, String> {
     Ok(paths)
 }
 
-/// What the mount table shows for these words: the devices, joined by colons. Absolute paths stay
-/// as they were given, to the byte.
+/// What the mount table shows for these words: the devices, joined by colons. Absolute paths and
+/// tags stay as they were given, to the byte: mount(8) compares them with fstab.
 pub fn source_name(words: &[OsString]) -> String {
     /// The kernel takes up to a page for the source; mount tables are read by people.
     const SOURCE_BYTES_MAX: usize = 1024;
@@ -55,7 +50,7 @@ pub fn source_name(words: &[OsString]) -> String {
             .unwrap_or_default();
     };
     let absolute = |path: &PathBuf| {
-        let absolute = match path.is_relative() {
+        let absolute = match path.is_relative() && Tag::parse(path.as_os_str()).is_none() {
             true => std::path::absolute(path).unwrap_or_else(|_| path.clone()),
             false => path.clone(),
         };
@@ -66,120 +61,6 @@ pub fn source_name(words: &[OsString]) -> String {
         return joined;
     }
     paths.first().map(absolute).unwrap_or_default()
-}
-
-/// A member with its label.
-#[derive(Clone, Debug)]
-pub struct Member {
-    /// Path by which it will be opened.
-    pub path: PathBuf,
-    /// Its label.
-    pub label: LabelInfo,
-}
-
-/// The label of a device that answers.
-fn label_in_time(path: &Path) -> Result<LabelInfo, LabelError> {
-    let (to, from) = mpsc::channel();
-    let of = path.to_owned();
-    let spawned = thread::Builder::new()
-        .name("braidfs-label".into())
-        .spawn(move || to.send(read_label(&of)).unwrap_or_default());
-    if spawned.is_err() {
-        return read_label(path);
-    }
-    let late = Err(LabelError::Io(libc::ETIMEDOUT));
-    from.recv_timeout(ANSWER_TIME_DEFAULT).unwrap_or(late)
-}
-
-/// Reads the labels of the devices given and finds the other members beside them, if there are
-/// more. Members that are missing are left to the volume to complain about. Nothing is locked.
-pub fn find_members(given: &[PathBuf]) -> Result<Vec<Member>, String> {
-    let mut members = Vec::new();
-    for path in given {
-        let path = canonical(path)?;
-        if members.iter().any(|member: &Member| member.path == path) {
-            return Err(format!("{}: given twice", path.display()));
-        }
-        let label = label_in_time(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-        members.push(Member { path, label });
-    }
-    let Some(first) = members.first() else {
-        return Err("no device given".to_owned());
-    };
-    let (uuid, count) = (
-        first.label.fs_uuid.clone(),
-        usize::from(first.label.device_count),
-    );
-    if members.len() < count && members.iter().all(|member| member.label.fs_uuid == uuid) {
-        add_siblings(&mut members, &uuid)?;
-    }
-    members.sort_by_key(|member| member.label.device_index);
-    Ok(members)
-}
-
-/// Adds members with this UUID that lie in the directories of those we have.
-fn add_siblings(members: &mut Vec<Member>, uuid: &str) -> Result<(), String> {
-    let mut directories: Vec<PathBuf> = members
-        .iter()
-        .filter_map(|member| Some(member.path.parent()?.to_owned()))
-        .collect();
-    directories.sort();
-    directories.dedup();
-    let mut found: BTreeMap<u16, Member> = BTreeMap::new();
-    for path in directories
-        .iter()
-        .flat_map(|directory| candidates(directory))
-    {
-        if members.iter().any(|member| member.path == path) {
-            continue;
-        }
-        let Ok(label) = label_in_time(&path) else {
-            continue;
-        };
-        let known = members
-            .iter()
-            .any(|m| m.label.device_index == label.device_index);
-        if label.fs_uuid != uuid || known {
-            continue;
-        }
-        if let Some(other) = found.get(&label.device_index) {
-            return Err(format!(
-                "{} and {} both say that they are member {} of this file system; \
-                 name all members on the command line",
-                other.path.display(),
-                path.display(),
-                label.device_index
-            ));
-        }
-        found.insert(label.device_index, Member { path, label });
-    }
-    members.extend(found.into_values());
-    Ok(())
-}
-
-/// Regular files and block devices of a directory, by their real path.
-fn candidates(directory: &Path) -> Vec<PathBuf> {
-    let Ok(entries) = fs::read_dir(directory) else {
-        return Vec::new();
-    };
-    let mut paths: Vec<PathBuf> = entries
-        .take(SCAN_MAX)
-        .flatten()
-        .filter(|entry| {
-            entry
-                .file_type()
-                .is_ok_and(|kind| kind.is_file() || kind.is_block_device())
-        })
-        .filter_map(|entry| fs::canonicalize(entry.path()).ok())
-        .collect();
-    paths.sort();
-    paths.dedup();
-    paths
-}
-
-/// The real path of a device, or why there is none.
-pub fn canonical(path: &Path) -> Result<PathBuf, String> {
-    fs::canonicalize(path).map_err(|error| format!("{}: {}", path.display(), io_text(&error)))
 }
 
 /// An operating system error without Rust's "(os error N)".
@@ -236,6 +117,13 @@ pub fn in_use_by(path: &Path) -> Option<String> {
         .iter()
         .find(|entry| entry.is_fuse() && entry.names_device(path))
     {
+        return Some(format!("it is mounted on {}", entry.mount_point.display()));
+    }
+    let tagged = |entry: &&MountEntry| {
+        let tag = Tag::parse(&entry.source).filter(|_| entry.is_fuse());
+        tag.is_some_and(|tag| read_label(path).is_ok_and(|label| tag.names(&label)))
+    };
+    if let Some(entry) = mounted.iter().find(tagged) {
         return Some(format!("it is mounted on {}", entry.mount_point.display()));
     }
     let swaps = fs::read("/proc/swaps").unwrap_or_default();
@@ -314,6 +202,7 @@ mod tests {
         assert_eq!(source_name(&words(&["/a//x:/b"])), "/a//x:/b");
         assert!(source_name(&words(&["a"])).starts_with('/'));
         assert_eq!(source_name(&words(&["/a", "/b"])), "/a:/b");
+        assert_eq!(source_name(&words(&["label=a:b"])), "label=a:b");
         let long = "/".to_owned() + &"x".repeat(600);
         assert_eq!(source_name(&words(&[&long, &long])), long);
     }

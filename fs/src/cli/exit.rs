@@ -17,6 +17,11 @@ pub const FSCK_USAGE: u8 = 16;
 /// fsck(8): stopped by request.
 pub const FSCK_CANCELLED: u8 = 32;
 
+/// blkid(8): nothing was found.
+pub const PROBE_NOTHING: u8 = 2;
+/// blkid(8): wrong usage.
+pub const PROBE_USAGE: u8 = 4;
+
 /// What goes wrong on the command line: an exit code, and what to tell.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CliError {

@@ -11,10 +11,11 @@ use std::thread;
 
 use braidfs_blockdev::{OpenMode, Volume};
 
-use super::devices::{device_list, display_list, find_members, open_all};
+use super::devices::{device_list, display_list, open_all};
 use super::exit::{
     CliError, FSCK_CANCELLED, FSCK_CORRECTED, FSCK_ERRORS, FSCK_OPERATIONAL, FSCK_USAGE,
 };
+use super::members::find_members;
 use super::meter::Meter;
 use super::{print, signals, table};
 use crate::fsck::{Class, FsckError, Mode, Options, Outcome, Report};

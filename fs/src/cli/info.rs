@@ -1,7 +1,7 @@
 //! `braidfs info`: what the labels of members say, mounted or not, and what the last scrub found.
 //! Nothing is locked for long, or changed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::sync::Arc;
 
@@ -9,8 +9,9 @@ use braidfs_blockdev::{Backend, OpenMode, Volume, VolumeInfo, open_device};
 use serde_json::{Value, json};
 
 use super::control;
-use super::devices::{Member, device_list, find_members};
+use super::devices::device_list;
 use super::exit::{self, CliError};
+use super::members::{Member, Tag, find_members, missing};
 use super::print;
 use super::scrub;
 use super::size::format_size;
@@ -112,23 +113,13 @@ fn assemble(members: &[Member]) -> Option<Arc<Volume>> {
 fn mounted_on(members: &[Member]) -> Option<MountEntry> {
     let table = mounts::mounts().unwrap_or_default();
     table.into_iter().rfind(|entry| {
-        entry.is_fuse()
-            && members
-                .iter()
-                .any(|member| entry.names_device(&member.path))
+        let tag = Tag::parse(&entry.source);
+        let names = |member: &Member| {
+            entry.names_device(&member.path)
+                || tag.as_ref().is_some_and(|tag| tag.names(&member.label))
+        };
+        entry.is_fuse() && members.iter().any(names)
     })
-}
-
-/// Indices of members that were not found.
-fn missing(members: &[Member]) -> Vec<u16> {
-    let count = members
-        .first()
-        .map_or(0, |member| member.label.device_count);
-    let found: BTreeSet<u16> = members
-        .iter()
-        .map(|member| member.label.device_index)
-        .collect();
-    (0..count).filter(|index| !found.contains(index)).collect()
 }
 
 fn value(seen: &Seen<'_>) -> Value {

@@ -1,10 +1,13 @@
 //! Where log lines go: the standard error in the foreground, a file or syslog in the background.
+//! Where the standard error is the journal, each line tells its level as sd-daemon(3) has it.
 //!
 //! `BRAIDFS_LOG` sets the level (error, warn, info, debug, trace); warnings and errors are the
 //! default. Lines are limited in number, so that a failing device cannot fill a disk with them.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
@@ -25,6 +28,8 @@ const FACILITY: u8 = 3 << 3;
 
 enum Target {
     Stderr,
+    /// The standard error, which a journal reads.
+    Journal,
     File(File),
     Syslog(UnixDatagram),
     Nowhere,
@@ -60,6 +65,26 @@ pub fn start() {
     if log::set_logger(&LOGGER).is_ok() {
         log::set_max_level(level.unwrap_or(LevelFilter::Warn));
     }
+    if std::env::var_os("JOURNAL_STREAM").is_some_and(|stream| is_stderr(&stream)) {
+        LOGGER.state.lock().target = Target::Journal;
+    }
+}
+
+/// Whether the standard error is this stream: device and inode number, as systemd.exec(5) has it.
+fn is_stderr(stream: &OsStr) -> bool {
+    let stat = nix::sys::stat::fstat(std::io::stderr().as_fd());
+    stat.is_ok_and(|stat| *stream == *format!("{}:{}", stat.st_dev, stat.st_ino))
+}
+
+/// Says why the program ends. Of a background daemon its caller hears this.
+pub fn last_word(message: &str) {
+    let severity = match LOGGER.state.lock().target {
+        Target::Journal => "<3>",
+        _ => "",
+    };
+    let line = format!("{severity}braidfs: {message}\n");
+    // With nobody to tell, the exit code says it.
+    drop(std::io::stderr().write_all(line.as_bytes()));
 }
 
 /// A panic ends the process: the last word goes where the others went.
@@ -139,9 +164,14 @@ impl State {
             Level::Info => ("", 6),
             Level::Debug | Level::Trace => ("", 7),
         };
+        // One message is one line, whatever the names in it contain.
+        let text = text.replace(char::is_control, "?");
         let line = format!("braidfs: {word}{text}\n");
         let written = match &mut self.target {
             Target::Stderr => std::io::stderr().write_all(line.as_bytes()),
+            Target::Journal => {
+                std::io::stderr().write_all(format!("<{severity}>{line}").as_bytes())
+            }
             Target::File(file) => file.write_all(line.as_bytes()),
             Target::Syslog(socket) => {
                 let pid = std::process::id();
@@ -157,6 +187,20 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_message_is_one_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let mut state = State {
+            target: Target::File(File::create(&path).unwrap()),
+            window: None,
+            lines: 0,
+        };
+        state.write(Level::Error, "/d/a\n<0>b\u{1b}[2J: c");
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert_eq!(text, "braidfs: error: /d/a?<0>b?[2J: c\n");
+    }
 
     #[test]
     fn a_flood_is_cut_and_counted() {

@@ -2,13 +2,18 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `mkfs.rs` `mount.rs` `umount.rs` `fsck.rs` `scrub.rs` `info.rs` `stats.rs` | the verbs |
+//! | `mkfs.rs` `mount.rs` `umount.rs` `fsck.rs` `scrub.rs` | the verbs |
+//! | `info.rs` `stats.rs` `probe.rs` | those that only look |
 //! | `daemon.rs` | the process that serves a mount |
 //! | `control.rs` | the socket by which the verbs talk to it |
-//! | `devices.rs` | device lists, finding members, opening them |
+//! | `devices.rs` | device lists, opening them |
+//! | `members.rs` | finding members, by device or tag |
+//! | `fstab.rs` | what fstab says of a mount point |
+//! | `notify.rs` | what a service manager is told |
 //! | `options.rs` `size.rs` | what follows `-o`; sizes |
 //! | `table.rs` `print.rs` | tables, JSON |
 //! | `meter.rs` | progress of fsck |
+//! | `manual.rs` | man pages and shell completions |
 //! | `signals.rs` | signals that ask to end |
 //! | `logger.rs` | log lines to the standard error, a file or syslog |
 //! | `descriptors.rs` | what a daemon does not keep of its caller |
@@ -23,13 +28,18 @@ mod descriptors;
 mod devices;
 mod exit;
 mod fsck;
+mod fstab;
 mod info;
 mod logger;
+mod manual;
+mod members;
 mod meter;
 mod mkfs;
 mod mount;
+mod notify;
 mod options;
 mod print;
+mod probe;
 mod scrub;
 mod signals;
 mod size;
@@ -38,7 +48,6 @@ mod table;
 mod umount;
 
 use std::ffi::{OsStr, OsString};
-use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -63,6 +72,7 @@ enum Verb {
     Info(info::InfoArgs),
     Stats(stats::StatsArgs),
     Scrub(scrub::ScrubArgs),
+    Probe(probe::ProbeArgs),
 }
 
 /// What the program was called as.
@@ -101,15 +111,19 @@ pub fn main() -> ExitCode {
             words.insert(1.min(words.len()), OsString::from(verb));
             run(words)
         }
+        Name::Braidfs if words.get(1).is_some_and(|word| word == manual::VERB) => {
+            words.remove(1);
+            manual::ManualArgs::try_parse_from(words)
+                .map_err(|error| parse_error(&error, exit::USAGE))
+                .and_then(|args| manual::run(&args))
+        }
         Name::Braidfs => run(words),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             if !error.message.is_empty() {
-                let line = format!("braidfs: {}\n", error.message);
-                // With nobody to tell, the exit code says it.
-                drop(std::io::stderr().write_all(line.as_bytes()));
+                logger::last_word(&error.message);
             }
             ExitCode::from(error.code)
         }
@@ -123,6 +137,7 @@ fn run(mut words: Vec<OsString>) -> Result<(), CliError> {
             exit::FSCK_USAGE
         }
         Some("scrub") => exit::FSCK_USAGE,
+        Some("probe") => exit::PROBE_USAGE,
         _ => exit::USAGE,
     };
     let cli = Cli::try_parse_from(words).map_err(|error| parse_error(&error, usage))?;
@@ -134,6 +149,7 @@ fn run(mut words: Vec<OsString>) -> Result<(), CliError> {
         Verb::Info(args) => info::run(&args),
         Verb::Stats(args) => stats::run(&args),
         Verb::Scrub(args) => scrub::run(&args),
+        Verb::Probe(args) => probe::run(&args),
     }
 }
 
@@ -158,6 +174,7 @@ mod tests {
         use clap::CommandFactory;
         Cli::command().debug_assert();
         mount::HelperArgs::command().debug_assert();
+        manual::ManualArgs::command().debug_assert();
     }
 
     #[test]

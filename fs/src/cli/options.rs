@@ -19,6 +19,9 @@ const TIMEOUT_SECONDS_MAX: u64 = 31_536_000;
 /// Longest time that a device may be given to answer, in seconds: a day. Who wants more wants 0.
 const ANSWER_SECONDS_MAX: u64 = 86_400;
 
+/// Longest time to wait for members, in seconds: an hour.
+const DEVICE_WAIT_SECONDS_MAX: u64 = 3_600;
+
 /// Default cache: a quarter of the memory, between these.
 const CACHE_DEFAULT_MIN: u64 = 64 << 20;
 const CACHE_DEFAULT_MAX: u64 = 1 << 30;
@@ -58,6 +61,12 @@ pub struct ParsedOptions {
     pub insist_writable: bool,
     /// Recover nothing on the devices: what a read-only mount does anyway.
     pub no_recovery: bool,
+    /// Devices that are not there are no error.
+    pub no_fail: bool,
+    /// How long to wait for members that are not there yet.
+    pub device_wait: Duration,
+    /// Directories in which members may lie as image files.
+    pub search: Vec<PathBuf>,
 }
 
 impl ParsedOptions {
@@ -83,6 +92,9 @@ impl ParsedOptions {
             remount: false,
             insist_writable: false,
             no_recovery: false,
+            no_fail: false,
+            device_wait: Duration::ZERO,
+            search: Vec::new(),
         }
     }
 
@@ -155,6 +167,7 @@ impl ParsedOptions {
                 .insert(MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC),
             "owner" | "group" => self.flags.insert(MsFlags::MS_NOSUID | MsFlags::MS_NODEV),
             "norecovery" | "noload" => self.no_recovery = true,
+            "nofail" => self.no_fail = true,
             // Always on, or meant for mount(8) and for others who read fstab.
             "default_permissions"
             | "defaults"
@@ -164,7 +177,6 @@ impl ParsedOptions {
             | "nogroup"
             | "auto"
             | "noauto"
-            | "nofail"
             | "_netdev"
             | "lazytime"
             | "nolazytime"
@@ -244,6 +256,19 @@ impl ParsedOptions {
                     ));
                 }
             },
+            "device_wait" => match value.parse() {
+                Ok(seconds @ 0..=DEVICE_WAIT_SECONDS_MAX) => {
+                    self.device_wait = Duration::from_secs(seconds);
+                }
+                _ => return impossible(&format!("seconds from 0 to {DEVICE_WAIT_SECONDS_MAX}")),
+            },
+            "search" => {
+                let directories: Vec<PathBuf> = value.split(':').map(PathBuf::from).collect();
+                if !directories.iter().all(|path| path.is_absolute()) {
+                    return impossible("directories, absolute, separated by colons");
+                }
+                self.search.extend(directories);
+            }
             "fsname" if !value.is_empty() => self.fsname = Some(value.to_owned()),
             "fsname" => return impossible("a name"),
             "subtype" if value.bytes().all(|byte| byte.is_ascii_graphic()) => {
@@ -257,7 +282,7 @@ impl ParsedOptions {
                     "option '{name}' is not supported: each file keeps its owner; use chown"
                 ));
             }
-            "comment" | "uhelper" | "helper" => {}
+            "comment" | "uhelper" | "helper" | "user" => {}
             // What the kernel's mount table says of any FUSE mount: mount(8) repeats it when it is
             // told to remount. A new mount has these of its own.
             "user_id" | "group_id" | "max_read" | "blksize" if self.remount => {}
@@ -304,7 +329,7 @@ impl ParsedOptions {
 }
 
 fn unknown(name: &str, value: Option<&str>) -> String {
-    const WITH_VALUE: [&str; 9] = [
+    const WITH_VALUE: [&str; 11] = [
         "commit",
         "cache_size",
         "backend",
@@ -314,6 +339,8 @@ fn unknown(name: &str, value: Option<&str>) -> String {
         "fsname",
         "subtype",
         "logfile",
+        "device_wait",
+        "search",
     ];
     if value.is_none() && WITH_VALUE.contains(&name) {
         return format!("option '{name}' needs a value: {name}=...; nothing was mounted");
@@ -453,8 +480,9 @@ mod tests {
     fn generic_options_pass() {
         let generic = "defaults,user,users,noauto,nofail,_netdev,x-systemd.automount,\
             X-mount.mkdir=0755,\
-            suid,nosuid,dev,nodev,exec,noexec,lazytime,default_permissions,rw,comment=systemd";
-        parse(generic).unwrap();
+            suid,nosuid,dev,nodev,exec,noexec,lazytime,default_permissions,rw,comment=systemd,\
+            user=alice";
+        assert!(parse(generic).unwrap().no_fail);
     }
 
     #[test]
@@ -476,6 +504,10 @@ mod tests {
             ("timeout=86401", "to 86400, or 0"),
             ("timeout", "needs a value"),
             ("uid=5", "chown"),
+            ("device_wait=3601", "0 to 3600"),
+            ("device_wait", "needs a value"),
+            ("search=images", "absolute"),
+            ("search=", "absolute"),
             ("fsname=", "'fsname='"),
             ("allow_other,allow_root", "exclude each other"),
             ("ro=1", "'ro=1'"),

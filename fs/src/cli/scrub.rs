@@ -13,10 +13,11 @@ use nix::sys::signal::{SigSet, Signal};
 use serde_json::Value;
 
 use super::control;
-use super::devices::{device_list, display_list, find_members, io_text, open_all};
+use super::devices::{device_list, display_list, io_text, open_all};
 use super::exit::{
     CliError, FSCK_CANCELLED, FSCK_CORRECTED, FSCK_ERRORS, FSCK_OPERATIONAL, FSCK_USAGE,
 };
+use super::members::find_members;
 use super::print;
 use super::size::{format_size, parse_size};
 use super::umount;

@@ -35,11 +35,14 @@ pub struct UmountArgs {
     #[arg(short = 't', hide = true)]
     fs_type: Option<String>,
     #[arg(short = 'N', hide = true)]
-    namespace: Option<String>,
+    namespace: Option<PathBuf>,
 }
 
 /// `braidfs umount`.
 pub fn run(args: &UmountArgs) -> Result<(), CliError> {
+    if let Some(namespace) = &args.namespace {
+        super::mount::enter_namespace(namespace)?;
+    }
     let entry = find(Path::new(&args.place))?;
     let place = entry.mount_point.display().to_string();
     let how = match (args.force, args.lazy) {
@@ -49,7 +52,10 @@ pub fn run(args: &UmountArgs) -> Result<(), CliError> {
     };
     // Asked first, as afterwards there is nothing to ask; and not of a mount that may hang.
     let dead = how == Unmount::Normal
-        && nix::sys::statvfs::statvfs(&entry.mount_point) == Err(Errno::ENOTCONN);
+        && matches!(
+            nix::sys::statvfs::statvfs(&entry.mount_point),
+            Err(Errno::ENOTCONN | Errno::ECONNABORTED)
+        );
     // The daemon must know that we wait before the mount is gone.
     let waiting = match dead {
         true => None,

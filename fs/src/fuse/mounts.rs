@@ -77,8 +77,8 @@ fn parse(line: &[u8]) -> Option<MountEntry> {
     })
 }
 
-/// Undoes the octal escapes (space, tab, newline, backslash) of the table.
-fn unescape(field: &[u8]) -> OsString {
+/// Undoes the octal escapes (space, tab, newline, backslash) of mount tables.
+pub fn unescape(field: &[u8]) -> OsString {
     let mut out = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((&byte, tail)) = rest.split_first() {
