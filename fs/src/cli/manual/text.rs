@@ -37,13 +37,18 @@ pub const MOUNT_OPTIONS: &[(&str, &str)] = &[
         "The opposite of the option without, or with, no.",
     ),
     (
-        "writeback_cache, kernel_cache",
-        "File data is cached by the kernel too: best for small reads and writes, for mappings, and \
-         for everyday use. This is the default.",
+        "cache=auto",
+        "Who only reads a file does so through the kernel's cache, who may write it goes past that: \
+         fast for reading, and for large writes. This is the default.",
     ),
     (
-        "direct_io",
-        "File data is cached by braidfs only: faster for large buffered writes, slower for tiny ones.",
+        "cache=writeback, writeback_cache, kernel_cache",
+        "The kernel caches writes, too: best for tiny buffered writes, slower for large ones. Errors \
+         come late, and bytes reach braidfs when the kernel hands them over.",
+    ),
+    (
+        "cache=direct, direct_io",
+        "File data is cached by braidfs only.",
     ),
     (
         "allow_other, noallow_other, allow_root",
