@@ -49,6 +49,11 @@ fn main() -> ExitCode {
             300,
             can_be_killed,
         ),
+        Test::new(
+            "a_daemon_that_was_stopped_blames_no_device",
+            200,
+            stopped,
+        ),
     ];
     runner::main("faults", &tests)
 }
@@ -328,6 +333,25 @@ fn can_be_killed(env: &Env) -> Outcome {
         rig.signal(Signal::SIGCONT);
         rig.umount(env);
         rig.verify(mode);
+    }
+    Ok(())
+}
+
+/// A process that is stopped (frozen, starved) has no idea what its devices did meanwhile.
+fn stopped(env: &Env) -> Outcome {
+    for mode in CACHE_MODES {
+        let rig = Rig::new(env, mode, &[TIMEOUT_OPTION]);
+        for _ in 0..3 {
+            rig.under_load(|| {
+                let daemon = Pid::from_raw(rig.inner.daemon().pid);
+                kill(daemon, Signal::SIGSTOP).expect("stop the daemon");
+                std::thread::sleep(Duration::from_secs(4));
+                kill(daemon, Signal::SIGCONT).expect("continue the daemon");
+                std::thread::sleep(Duration::from_millis(500));
+            });
+        }
+        assert_eq!(rig.failed_calls.load(Ordering::SeqCst), 0);
+        rig.read_all(false);
     }
     Ok(())
 }

@@ -8,7 +8,8 @@
 //! request that was given up, ends the silence.
 //!
 //! One thread per volume looks a few times per timeout; nothing is set up per request but the
-//! time of its dispatch.
+//! time of its dispatch. Time in which the process did not run (stopped, frozen, starved), as the
+//! thread sees by its own pauses, does not count.
 
 use super::{DeviceQueue, Inner};
 use crate::chain::Chain;
@@ -29,6 +30,8 @@ use std::time::{Duration, Instant};
 const LOOKS: u32 = 8;
 const LOOK_MIN: Duration = Duration::from_millis(5);
 const LOOK_MAX: Duration = Duration::from_secs(1);
+/// A pause that took so many times as long as asked for was none of the watchdog's.
+const OVERSLEPT: u32 = 2;
 /// Probes that a device may have at once.
 const PROBES_MAX: u32 = 6;
 
@@ -105,6 +108,16 @@ impl InFlight {
         given_up
     }
 
+    /// The watchdog itself did not run for so long, nor perhaps did those who take answers: that
+    /// time is not the device's.
+    fn excuse(&mut self, lost: Duration, now: Instant) {
+        let later = |time: Instant| (time + lost).min(now);
+        for started in self.slots.iter_mut().filter_map(|slot| slot.started.as_mut()) {
+            *started = later(*started);
+        }
+        self.last_answer = later(self.last_answer);
+    }
+
     /// Whether to send a probe now. One that got lost is followed by another, after a pause that
     /// doubles.
     fn wants_probe(&mut self, now: Instant, timeout: Duration) -> bool {
@@ -169,11 +182,14 @@ impl DeviceQueue {
         }
     }
 
-    /// One look of the watchdog: gives up what is too old.
-    fn look(self: &Arc<Self>, timeout: Duration) {
+    /// One look of the watchdog, which has just lost so much time: gives up what is too old.
+    fn look(self: &Arc<Self>, timeout: Duration, lost: Duration) {
         let now = Instant::now();
         let mut late = Vec::new();
         let mut inner = self.inner.lock();
+        if !lost.is_zero() {
+            inner.flights.excuse(lost, now);
+        }
         let Inner {
             flights,
             in_flight,
@@ -274,12 +290,17 @@ impl Watchdog {
         let pause = (shortest / LOOKS).clamp(LOOK_MIN, LOOK_MAX);
         let (stop, stopped) = sync_channel(0);
         let run = move || {
+            let mut slept = Instant::now();
             while stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
+                // Much later than asked for: the process was stopped, or had no processor.
+                let lost = slept.elapsed().checked_sub(pause * OVERSLEPT);
+                let lost = lost.map_or(Duration::ZERO, |lost| lost + pause * (OVERSLEPT - 1));
                 for (timeout, queue) in &watched {
                     if let Some(queue) = queue.upgrade() {
-                        queue.look(*timeout);
+                        queue.look(*timeout, lost);
                     }
                 }
+                slept = Instant::now();
             }
         };
         let spawned = std::thread::Builder::new()
@@ -309,5 +330,32 @@ impl Drop for Watchdog {
         {
             log::error!("the thread that watches the devices panicked");
         }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lost_time_does_not_count() {
+        let begun = Instant::now();
+        let now = begun + Duration::from_secs(60);
+        let mut flights = InFlight::default();
+        for started in [Some(begun), Some(now - Duration::from_secs(1)), None] {
+            flights.slots.push(Slot {
+                flight: FlightArc::default(),
+                seq: 0,
+                op: Op::Read,
+                started,
+                given_up: false,
+            });
+        }
+        flights.last_answer = begun;
+        flights.excuse(Duration::from_secs(58), now);
+        let age = |time: Instant| now.duration_since(time).as_secs();
+        let ages = flights.slots.iter().map(|slot| slot.started.map(age));
+        assert_eq!(ages.collect::<Vec<_>>(), [Some(2), Some(0), None]);
+        assert_eq!(age(flights.last_answer), 2);
     }
 }
