@@ -49,11 +49,7 @@ fn main() -> ExitCode {
             300,
             can_be_killed,
         ),
-        Test::new(
-            "a_daemon_that_was_stopped_blames_no_device",
-            200,
-            stopped,
-        ),
+        Test::new("a_daemon_that_was_stopped_blames_no_device", 200, stopped),
     ];
     runner::main("faults", &tests)
 }

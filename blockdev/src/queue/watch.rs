@@ -112,7 +112,11 @@ impl InFlight {
     /// time is not the device's.
     fn excuse(&mut self, lost: Duration, now: Instant) {
         let later = |time: Instant| (time + lost).min(now);
-        for started in self.slots.iter_mut().filter_map(|slot| slot.started.as_mut()) {
+        for started in self
+            .slots
+            .iter_mut()
+            .filter_map(|slot| slot.started.as_mut())
+        {
             *started = later(*started);
         }
         self.last_answer = later(self.last_answer);

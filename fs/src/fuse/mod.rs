@@ -74,7 +74,8 @@ use stats::FuseStats;
 pub enum CacheMode {
     /// Who only reads a file does so through the kernel's page cache, who may write it goes past
     /// that: large writes are not copied once more, small reads need no round trip, and errors,
-    /// times and durability are as without that cache. The kernel drops the pages that a write hits.
+    /// times and durability are as without that cache. The kernel drops the pages that a write
+    /// hits.
     Auto,
     /// braidfs's own cache alone; files are opened FOPEN_DIRECT_IO, with mmap allowed.
     Direct,

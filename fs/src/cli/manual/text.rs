@@ -38,13 +38,13 @@ pub const MOUNT_OPTIONS: &[(&str, &str)] = &[
     ),
     (
         "cache=auto",
-        "Who only reads a file does so through the kernel's cache, who may write it goes past that: \
-         fast for reading, and for large writes. This is the default.",
+        "Who only reads a file does so through the kernel's cache, who may write it goes past \
+         that: fast for reading, and for large writes. This is the default.",
     ),
     (
         "cache=writeback, writeback_cache, kernel_cache",
-        "The kernel caches writes, too: best for tiny buffered writes, slower for large ones. Errors \
-         come late, and bytes reach braidfs when the kernel hands them over.",
+        "The kernel caches writes, too: best for tiny buffered writes, slower for large ones. \
+         Errors come late, and bytes reach braidfs when the kernel hands them over.",
     ),
     (
         "cache=direct, direct_io",
