@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use braidfs_blockdev::write_protected;
-use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
 
 use super::Finding;
 use crate::cli::size::format_size;
@@ -19,7 +19,7 @@ const LAYERS_MAX: usize = 8;
 const ALIKE_PART: u64 = 10;
 
 /// Ramfs, which statfs(2) shows and nix does not name.
-const RAMFS_MAGIC: i64 = 0x8584_58f6;
+const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
 
 /// What a member is.
 struct Fact {
@@ -151,7 +151,7 @@ fn host_full(facts: &[Fact]) -> Vec<Finding> {
 fn volatile(fact: &Fact) -> Option<Finding> {
     let kind = statfs(&fact.path).ok().filter(|_| fact.meta.is_file())?;
     let kind = kind.filesystem_type();
-    let is_memory = kind == TMPFS_MAGIC || i64::from(kind.0) == RAMFS_MAGIC;
+    let is_memory = kind == TMPFS_MAGIC || kind == RAMFS_MAGIC;
     is_memory.then(|| {
         Finding::weakens(
             "volatile",
