@@ -43,7 +43,9 @@ fn main() -> ExitCode {
 
 fn help_and_version(env: &Env) -> Outcome {
     let help = env.braidfs().arg("--help").ok().stdout;
-    for verb in ["mkfs", "mount", "umount", "fsck", "scrub", "info", "stats"] {
+    for verb in [
+        "mkfs", "mount", "umount", "fsck", "scrub", "info", "stats", "probe", "doctor",
+    ] {
         assert!(help.contains(verb), "--help does not mention {verb}");
         let text = env.braidfs().args([verb, "--help"]).ok().stdout;
         assert!(

@@ -10,7 +10,8 @@ use braidfs_tests::command::Cmd;
 use braidfs_tests::env::{Env, Outcome, project_root};
 use braidfs_tests::runner::{self, Test};
 
-const VERBS: [(&str, u8); 8] = [
+const VERBS: [(&str, u8); 9] = [
+    ("doctor", 1),
     ("fsck", 8),
     ("info", 1),
     ("mkfs", 8),

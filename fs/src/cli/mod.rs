@@ -3,7 +3,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | `mkfs.rs` `mount.rs` `umount.rs` `fsck.rs` `scrub.rs` | the verbs |
-//! | `info.rs` `stats.rs` `probe.rs` | those that only look |
+//! | `info.rs` `stats.rs` `probe.rs` `doctor.rs` | those that only look |
 //! | `daemon.rs` | the process that serves a mount |
 //! | `control.rs` | the socket by which the verbs talk to it |
 //! | `devices.rs` | device lists, opening them |
@@ -26,6 +26,7 @@ mod control;
 mod daemon;
 mod descriptors;
 mod devices;
+mod doctor;
 mod exit;
 mod fsck;
 mod fstab;
@@ -73,6 +74,7 @@ enum Verb {
     Stats(stats::StatsArgs),
     Scrub(scrub::ScrubArgs),
     Probe(probe::ProbeArgs),
+    Doctor(doctor::DoctorArgs),
 }
 
 /// What the program was called as.
@@ -136,7 +138,7 @@ fn run(mut words: Vec<OsString>) -> Result<(), CliError> {
             words = fsck::with_plain_progress(words);
             exit::FSCK_USAGE
         }
-        Some("scrub") => exit::FSCK_USAGE,
+        Some("scrub" | "doctor") => exit::FSCK_USAGE,
         Some("probe") => exit::PROBE_USAGE,
         _ => exit::USAGE,
     };
@@ -150,6 +152,7 @@ fn run(mut words: Vec<OsString>) -> Result<(), CliError> {
         Verb::Stats(args) => stats::run(&args),
         Verb::Scrub(args) => scrub::run(&args),
         Verb::Probe(args) => probe::run(&args),
+        Verb::Doctor(args) => doctor::run(&args),
     }
 }
 

@@ -61,7 +61,7 @@ pub use attach::{AttachError, MountSpec, Unmount, abort_connection, unmount, unm
 pub(crate) use fuzzing::{requests as fuzz_requests, seeds as fuzz_request_seeds};
 pub use init::InitError;
 pub use nix::mount::MsFlags;
-pub use session::{MountHandle, Mounted, mount};
+pub use session::{MountHandle, Mounted, READ_AHEAD_KB, mount};
 
 use crate::{FileSystem, Ino};
 use channel::Channel;

@@ -24,7 +24,7 @@ use crate::FileSystem;
 
 /// What the kernel's readahead is raised to, in KiB: one request. A page fault reads as much around
 /// itself, so that more would be slow for random access to mapped files.
-const READ_AHEAD_KB: u32 = 1024;
+pub const READ_AHEAD_KB: u32 = 1024;
 /// How much of the memory that may be dirty at all the kernel's cache of this mount may fill, in
 /// percent. A FUSE mount has 1 otherwise, which has writers sleep while the daemon waits for them.
 const DIRTY_RATIO: u32 = 100;

@@ -202,6 +202,7 @@ pub fn exit_status(verb: &str) -> &'static str {
             "0: clean. 1: errors were repaired. 4: errors are left. 8: could not be done. 16: \
 wrong              usage. 32: stopped by a signal, paused or canceled."
         }
+        "doctor" => "0: nothing. 4: something. 8: could not look. 16: wrong usage.",
         "probe" => "0: at least one member was found. 2: none. 4: wrong usage.",
         _ => "0: done. 1: an error, which the message names. 2: the system refused something.",
     }
