@@ -175,6 +175,13 @@ impl Cmd {
         output
     }
 
+    /// Runs it; anything but this exit code fails the test.
+    pub fn exits(self, code: i32) -> Output {
+        let output = self.run();
+        assert_eq!(output.status.code(), Some(code), "{}", output.describe());
+        output
+    }
+
     /// Runs it; exit code 0, or an end by a signal, fails the test.
     pub fn fails(self) -> Output {
         let output = self.run();

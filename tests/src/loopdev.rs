@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use crate::command::Cmd;
+use crate::env::Env;
+use crate::volume::{MIB, Volume};
 
 /// A loop device over an image file.
 #[derive(Debug)]
@@ -74,4 +76,15 @@ pub fn detach_below(dir: &Path) {
             Cmd::new("losetup").args(["--detach", name]).quiet().run();
         }
     }
+}
+
+/// A volume of two members over loop devices; the second value keeps them.
+pub fn on_loop_devices<'e>(env: &'e Env, stem: &str, label: &str) -> (Volume<'e>, Vec<LoopDevice>) {
+    let images = Volume::unformatted(env, stem, &[128 * MIB; 2]);
+    let attach = |image: &PathBuf| LoopDevice::attach(image);
+    let loops: Vec<LoopDevice> = images.devices.iter().map(attach).collect();
+    let devices: Vec<PathBuf> = loops.iter().map(|device| device.path.clone()).collect();
+    let mkfs = env.braidfs().args(["mkfs", "--label", label]);
+    mkfs.args(&devices).ok();
+    (Volume::on(env, stem, devices), loops)
 }

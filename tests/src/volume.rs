@@ -14,13 +14,25 @@ use crate::env::{Env, Outcome};
 pub const MIB: u64 = 1 << 20;
 /// One gibibyte.
 pub const GIB: u64 = 1 << 30;
-/// The mount options of the two ways to cache file data: by braidfs alone, and by the kernel too.
+/// The mount options of two ways to cache file data: the default, where the kernel caches what is
+/// read, and the one where it caches writes, too.
 pub const CACHE_MODES: [&str; 2] = ["cache=auto", "writeback_cache"];
 
 /// How long after `umount` returned the daemon's process may still be there.
 const EXIT_LIMIT: Duration = Duration::from_secs(10);
 /// How long `umount` may take: it writes back everything that is dirty.
 const UMOUNT_LIMIT_SECS: u64 = 120;
+
+/// A path as it is typed.
+pub fn name(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// Devices in one word, as in fstab.
+pub fn joined(devices: &[PathBuf]) -> String {
+    let names: Vec<String> = devices.iter().map(|device| name(device)).collect();
+    names.join(":")
+}
 
 /// Devices that are, or will be, one volume, and where it is mounted.
 #[derive(Debug)]
@@ -192,6 +204,12 @@ impl<'e> Volume<'e> {
                 .quiet()
                 .ok(),
         )
+    }
+
+    /// The UUID of the file system.
+    pub fn uuid(&self) -> String {
+        let uuid = self.info()["fs_uuid"].as_str().map(str::to_owned);
+        uuid.expect("a UUID")
     }
 
     /// `info --json` of the members.

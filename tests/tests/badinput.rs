@@ -12,7 +12,7 @@ use braidfs_tests::compare::data_runs;
 use braidfs_tests::env::{Env, Outcome};
 use braidfs_tests::loopdev::LoopDevice;
 use braidfs_tests::runner::{self, Test};
-use braidfs_tests::volume::{MIB, Volume, sparse_image};
+use braidfs_tests::volume::{MIB, Volume, name, sparse_image};
 use nix::fcntl::{Flock, FlockArg};
 
 const MEMBER_BYTES: u64 = 128 * MIB;
@@ -106,10 +106,6 @@ fn refused(command: Cmd, mention: &str, files: &[PathBuf]) -> Output {
         "refused, yet the mount table changed"
     );
     output
-}
-
-fn name(path: &Path) -> String {
-    path.display().to_string()
 }
 
 fn mkfs(env: &Env, devices: &[PathBuf]) -> Cmd {

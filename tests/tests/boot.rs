@@ -1,21 +1,19 @@
-//! Mounting as an administrator does it: mount(8), fstab, tags, users' mounts, a service manager.
+//! Mounting as an administrator does it: mount(8), fstab, tags, users' mounts; and what devices
+//! tell.
 
 use std::fs;
-use std::os::unix::net::UnixDatagram;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use braidfs_tests::command::{Cmd, Output, wait_until};
+use braidfs_tests::command::{Cmd, wait_until};
 use braidfs_tests::daemon;
-use braidfs_tests::env::{Env, Outcome, project_root};
-use braidfs_tests::loopdev::LoopDevice;
+use braidfs_tests::env::{Env, Outcome};
+use braidfs_tests::loopdev::{LoopDevice, on_loop_devices};
 use braidfs_tests::machine::Machine;
 use braidfs_tests::report::{list, number};
 use braidfs_tests::runner::{self, Test};
-use braidfs_tests::volume::{MIB, Volume, json};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use braidfs_tests::volume::{MIB, Volume, joined, json, name};
 
 const MEMBER_BYTES: u64 = 128 * MIB;
 
@@ -38,27 +36,8 @@ fn main() -> ExitCode {
             Test::new("users_mount_what_fstab_allows", 60, user_mount),
             Test::new("probe_for_udev_and_programs", 60, probe),
             Test::new("probe_gives_nothing_away_but_labels", 60, probe_nothing),
-            Test::new("the_unit_is_sound", 60, unit),
-            Test::new("the_udev_rule_is_sound", 60, udev_rule),
-            Test::new("a_service_manager_is_told", 60, service_manager),
-            Test::new("a_stopped_service_has_its_data_safe", 120, stop_waits),
         ],
     )
-}
-
-fn name(path: &Path) -> String {
-    path.display().to_string()
-}
-
-fn joined(devices: &[PathBuf]) -> String {
-    let names: Vec<String> = devices.iter().map(|device| name(device)).collect();
-    names.join(":")
-}
-
-fn exits(command: Cmd, code: i32) -> Output {
-    let output = command.run();
-    assert_eq!(output.status.code(), Some(code), "{}", output.describe());
-    output
 }
 
 /// `mount` with the type told.
@@ -80,22 +59,6 @@ fn umount(volume: &Volume<'_>) {
 fn findmnt(column: &str, target: &Path) -> String {
     let command = Cmd::new("findmnt").args(["-n", "-o", column]);
     command.arg(target).ok().stdout.trim().to_owned()
-}
-
-/// A volume over loop devices; the second value keeps them.
-fn on_loop_devices<'e>(env: &'e Env, stem: &str, label: &str) -> (Volume<'e>, Vec<LoopDevice>) {
-    let images = Volume::unformatted(env, stem, &[MEMBER_BYTES; 2]);
-    let attach = |image: &PathBuf| LoopDevice::attach(image);
-    let loops: Vec<LoopDevice> = images.devices.iter().map(attach).collect();
-    let devices: Vec<PathBuf> = loops.iter().map(|device| device.path.clone()).collect();
-    let mkfs = env.braidfs().args(["mkfs", "--label", label]);
-    mkfs.args(&devices).ok();
-    (Volume::on(env, stem, devices), loops)
-}
-
-fn uuid_of(volume: &Volume<'_>) -> String {
-    let info = volume.info();
-    info["fs_uuid"].as_str().expect("a UUID").to_owned()
 }
 
 /// With the helper where mount(8) looks, `mount -t` and `umount` work.
@@ -164,7 +127,7 @@ fn fstab_tags(env: &Env) -> Outcome {
     let machine = Machine::set_up(env)?;
     let label = format!("boot {}", std::process::id());
     let (mut volume, loops) = on_loop_devices(env, "v", &label);
-    let uuid = uuid_of(&volume);
+    let uuid = volume.uuid();
     let target = name(&volume.mountpoint);
     // The names that the rule takes from `probe`.
     for (key, kind) in [("ID_FS_UUID_ENC", "uuid"), ("ID_FS_LABEL_ENC", "label")] {
@@ -200,7 +163,7 @@ fn tags_alone(env: &Env) -> Outcome {
     let machine = Machine::set_up(env)?;
     let label = format!("boot:{}", std::process::id());
     let (mut volume, loops) = on_loop_devices(env, "v", &label);
-    let uuid = uuid_of(&volume);
+    let uuid = volume.uuid();
     let target = name(&volume.mountpoint);
     for source in [format!("uuid={uuid}"), format!("label={label}")] {
         machine.write_fstab(&[format!("{source} {target} braidfs defaults 0 0")]);
@@ -231,7 +194,7 @@ fn tags_alone(env: &Env) -> Outcome {
     }
     let unknown = format!("UUID={}", uuid.replace(|char| char != '-', "0"));
     let mount = env.braidfs().arg("mount").arg(&unknown);
-    let output = exits(mount.arg(&volume.mountpoint), 32);
+    let output = mount.arg(&volume.mountpoint).exits(32);
     assert!(output.stderr.contains(&unknown), "{}", output.describe());
     Ok(())
 }
@@ -260,12 +223,12 @@ fn tags_search(env: &Env) -> Outcome {
         let mount = env.braidfs().args(["mount", "-o", options, source]);
         mount.arg(&volume.mountpoint)
     };
-    exits(with("ro", "LABEL=tags_search"), 32);
+    with("ro", "LABEL=tags_search").exits(32);
     let half = format!("search={}", name(&one));
-    let output = exits(with(&half, "LABEL=tags_search"), 32);
+    let output = with(&half, "LABEL=tags_search").exits(32);
     assert!(output.stderr.contains("missing"), "{}", output.describe());
     // A member that was named has its fellows looked for there too.
-    exits(with(&half, &name(&volume.devices[1])), 0);
+    with(&half, &name(&volume.devices[1])).exits(0);
     volume.adopt();
     volume.umount();
     Ok(())
@@ -279,14 +242,14 @@ fn ambiguous_label(env: &Env) -> Outcome {
     let mount = env
         .braidfs()
         .args(["mount", "-o", &search, "LABEL=ambiguous"]);
-    let output = exits(mount.arg(&one.mountpoint), 32);
-    for uuid in [uuid_of(&one), uuid_of(&two)] {
+    let output = mount.arg(&one.mountpoint).exits(32);
+    for uuid in [one.uuid(), two.uuid()] {
         assert!(output.stderr.contains(&uuid), "{}", output.describe());
     }
     // Two devices that say that they are the same member name none, either.
     let copy = env.path("copy.img");
     fs::copy(&one.devices[1], &copy).expect("copy an image");
-    let by_uuid = format!("UUID={}", uuid_of(&two));
+    let by_uuid = format!("UUID={}", two.uuid());
     let again = env.braidfs().args(["mount", "-o", &search, &by_uuid]);
     again.arg(&two.mountpoint).ok();
     env.braidfs().arg("umount").arg(&two.mountpoint).ok();
@@ -295,7 +258,7 @@ fn ambiguous_label(env: &Env) -> Outcome {
     let mount = env
         .braidfs()
         .args(["mount", "-o", &search, "LABEL=ambiguous"]);
-    let output = exits(mount.arg(&one.mountpoint), 32);
+    let output = mount.arg(&one.mountpoint).exits(32);
     assert!(output.stderr.contains("copy.img"), "{}", output.describe());
     Ok(())
 }
@@ -327,7 +290,7 @@ fn late_member(env: &Env) -> Outcome {
         let mount = env.braidfs().args(["mount", "-o", &options]);
         mount.arg(&volume.devices[0]).arg(&volume.mountpoint)
     };
-    exits(wait("1"), 32);
+    wait("1").exits(32);
     assert!(begun.elapsed() >= Duration::from_secs(1));
     let mut waiting = wait("30").spawn();
     std::thread::sleep(Duration::from_millis(700));
@@ -356,7 +319,7 @@ fn nofail(env: &Env) -> Outcome {
             .args(["-v", "-o", "nofail"])
             .ok();
         assert!(output.stderr.contains("nofail"), "{}", output.describe());
-        exits(mount(&source, &volume.mountpoint), 32);
+        mount(&source, &volume.mountpoint).exits(32);
     }
     // A part of it: excused, but said.
     let away = env.mkdir("away").join("member");
@@ -371,14 +334,13 @@ fn nofail(env: &Env) -> Outcome {
         output.describe()
     );
     assert!(!volume.is_mount_point());
-    exits(mount(&source, &volume.mountpoint), 32);
+    mount(&source, &volume.mountpoint).exits(32);
     fs::rename(&away, &volume.devices[1]).expect("bring the member back");
     // What is there and cannot be mounted is not excused.
     fs::write(&none, vec![1; 1 << 20]).expect("a file without a label");
-    exits(
-        mount(&name(&none), &volume.mountpoint).args(["-o", "nofail"]),
-        32,
-    );
+    mount(&name(&none), &volume.mountpoint)
+        .args(["-o", "nofail"])
+        .exits(32);
     machine.write_fstab(&[format!(
         "{} {target} braidfs nofail 0 0",
         joined(&volume.devices)
@@ -396,13 +358,13 @@ fn flags(env: &Env) -> Outcome {
     let target = volume.mountpoint.clone();
     let with = |flags: &[&str]| mount(&source, &target).args(flags);
     // -f: all checks, no mount.
-    exits(with(&["-f"]), 0);
+    with(&["-f"]).exits(0);
     assert!(!volume.is_mount_point());
-    exits(with(&["-f", "-o", "commit=soon"]), 1);
-    exits(mount(&name(&env.path("none")), &target).arg("-f"), 32);
-    exits(with(&["-f", "-o", "unknown_option"]), 1);
+    with(&["-f", "-o", "commit=soon"]).exits(1);
+    mount(&name(&env.path("none")), &target).arg("-f").exits(32);
+    with(&["-f", "-o", "unknown_option"]).exits(1);
     // -s: what is not known is passed over; -n does nothing; -v says what was done.
-    let output = exits(with(&["-s", "-n", "-v", "-o", "unknown_option"]), 0);
+    let output = with(&["-s", "-n", "-v", "-o", "unknown_option"]).exits(0);
     assert!(
         output.stderr.contains("mounted on"),
         "{}",
@@ -410,7 +372,7 @@ fn flags(env: &Env) -> Outcome {
     );
     volume.adopt();
     // What is mounted is not mounted once more.
-    let output = exits(with(&[]), 32);
+    let output = with(&[]).exits(32);
     assert!(
         output.stderr.contains(&name(&target)),
         "{}",
@@ -420,7 +382,7 @@ fn flags(env: &Env) -> Outcome {
     assert!(!volume.is_mount_point());
     let gone = volume.daemon();
     wait_until("the daemon's end", || !gone.is_alive());
-    exits(Cmd::new("umount").arg(&target), 32);
+    Cmd::new("umount").arg(&target).exits(32);
     // mount(8) makes the directory.
     let made = env.path("made");
     mount(&source, &made)
@@ -464,7 +426,7 @@ fn namespace(env: &Env) -> Outcome {
         .args(["-N", &pid])
         .arg(&volume.mountpoint)
         .ok();
-    exits(within(&["mountpoint", "-q"]), 32);
+    within(&["mountpoint", "-q"]).exits(32);
     volume.fsck_clean();
     Ok(())
 }
@@ -487,7 +449,7 @@ fn by_fstab(env: &Env) -> Outcome {
         "{options}"
     );
     volume.umount();
-    let output = exits(env.braidfs().arg("mount").arg(&other), 1);
+    let output = env.braidfs().arg("mount").arg(&other).exits(1);
     assert!(
         output.stderr.contains("/etc/fstab"),
         "{}",
@@ -548,7 +510,7 @@ fn user_mount(env: &Env) -> Outcome {
     // It is the user's own rights that count.
     Cmd::new("chown").arg("0:0").args(&volume.devices).ok();
     Cmd::new("chmod").arg("600").args(&volume.devices).ok();
-    let denied = exits(user(&run, "65534").arg("mount").arg(&target), 32);
+    let denied = user(&run, "65534").arg("mount").arg(&target).exits(32);
     assert!(denied.stderr.contains("v0.img"), "{}", denied.describe());
     assert!(!volume.is_mount_point());
     Ok(())
@@ -565,7 +527,7 @@ fn probe(env: &Env) -> Outcome {
     env.need_loop_devices()?;
     let label = format!("it's {} $HOME/x\\y", std::process::id());
     let (volume, loops) = on_loop_devices(env, "v", &label);
-    let uuid = uuid_of(&volume);
+    let uuid = volume.uuid();
     let probe = |args: &[&str]| env.braidfs().arg("probe").args(args);
     let text = probe(&[&name(&loops[1].path)]).ok().stdout;
     assert_eq!(value_of(&text, "ID_FS_TYPE"), "braidfs");
@@ -620,172 +582,14 @@ fn probe_nothing(env: &Env) -> Outcome {
     let probe = |path: &Path| env.braidfs().arg("probe").arg(path);
     for _ in 0..2 {
         // Zeros, then somebody else's file system: nothing to talk about.
-        let output = exits(probe(image), 2);
+        let output = probe(image).exits(2);
         assert_eq!(output.text().trim(), "", "{}", output.describe());
         Cmd::new("mkfs.ext4").arg("-q").arg(image).ok();
     }
-    let output = exits(probe(&env.path("none")), 2);
+    let output = probe(&env.path("none")).exits(2);
     assert!(output.stderr.contains("none"), "{}", output.describe());
-    exits(env.braidfs().args(["probe", "--no-such-option"]), 4);
-    exits(env.braidfs().args(["probe", "--output=other"]), 4);
-    exits(env.braidfs().args(["probe", ""]), 4);
-    Ok(())
-}
-
-fn unit(env: &Env) -> Outcome {
-    env.need_tools(&["systemd-analyze"])?;
-    let text = fs::read_to_string(project_root().join("fs/system/braidfs@.service"));
-    let text = text
-        .expect("the unit")
-        .replace("/usr/bin/braidfs", &name(&env.bin));
-    let unit = env.path("braidfs@srv-tree.service");
-    fs::write(&unit, text).expect("an instance of the unit");
-    let verify = Cmd::new("systemd-analyze")
-        .args(["verify", "--man=no"])
-        .arg(&unit);
-    let output = verify.ok();
-    assert!(!output.text().contains("braidfs@"), "{}", output.describe());
-    Ok(())
-}
-
-/// What udev would do with a member.
-fn udev_rule(env: &Env) -> Outcome {
-    let rule = fs::read_to_string(project_root().join("fs/system/64-braidfs.rules"));
-    let rule = rule
-        .expect("the rule")
-        .replace("/usr/bin/braidfs", &name(&env.bin));
-    // Each jump has its goal, and each line is a match, an assignment or a jump.
-    for line in rule
-        .lines()
-        .filter(|line| !line.is_empty() && !line.starts_with('#'))
-    {
-        for part in line.split(", ") {
-            let sound = part.ends_with('"') && part.contains("=\"");
-            assert!(sound, "not a match or assignment: {part}");
-        }
-    }
-    assert!(rule.contains("LABEL=\"braidfs_end\""));
-    env.need_tools(&["udevadm"])?;
-    env.need_loop_devices()?;
-    let (volume, loops) = on_loop_devices(env, "v", "udev");
-    let rules = env.mkdir("rules.d");
-    fs::write(rules.join("64-braidfs.rules"), rule).expect("the rule");
-    fs::create_dir_all("/run/udev/rules.d").expect("udev's folder");
-    let bind = Cmd::new("mount").arg("--bind").arg(&rules);
-    bind.arg("/run/udev/rules.d").ok();
-    let node = loops[0].path.file_name().expect("a name").to_string_lossy();
-    let test = Cmd::new("udevadm").args(["test", &format!("/sys/class/block/{node}")]);
-    let text = test.ok().text();
-    assert!(
-        text.contains(&format!("disk/by-uuid/{}", uuid_of(&volume))),
-        "{text}"
-    );
-    assert!(text.contains("disk/by-label/udev"), "{text}");
-    Ok(())
-}
-
-/// A socket that plays the service manager.
-struct Listener {
-    socket: UnixDatagram,
-    heard: String,
-}
-
-impl Listener {
-    fn new(path: &Path) -> Self {
-        let socket = UnixDatagram::bind(path).expect("a socket");
-        socket.set_nonblocking(true).expect("a socket's flag");
-        let heard = String::new();
-        Self { socket, heard }
-    }
-
-    fn has_heard(&mut self, line: &str) -> bool {
-        let mut buffer = [0; 4096];
-        while let Ok(len) = self.socket.recv(&mut buffer) {
-            self.heard
-                .push_str(&String::from_utf8_lossy(&buffer[..len]));
-            self.heard.push('\n');
-        }
-        self.heard.lines().any(|heard| heard.starts_with(line))
-    }
-}
-
-fn service_manager(env: &Env) -> Outcome {
-    let machine = Machine::set_up(env)?;
-    let volume = Volume::format(env, "v", &[MEMBER_BYTES; 2], &[]);
-    let target = name(&volume.mountpoint);
-    let source = joined(&volume.devices);
-    machine.write_fstab(&[format!("{source} {target} braidfs noauto 0 0")]);
-    let path = env.path("notify");
-    let mut listener = Listener::new(&path);
-    // As the unit starts it.
-    let start = || {
-        let command = env.braidfs().env("NOTIFY_SOCKET", &path);
-        command.args(["mount", "--foreground", "-o", "device_wait=60", &target])
-    };
-    let away = env.path("away");
-    fs::rename(&volume.devices[1], &away).expect("take a member away");
-    let running = start().spawn();
-    std::thread::sleep(Duration::from_millis(700));
-    assert!(!listener.has_heard("READY=1"), "ready without a member");
-    fs::rename(&away, &volume.devices[1]).expect("bring the member back");
-    wait_until("READY=1", || listener.has_heard("READY=1"));
-    assert!(volume.is_mount_point(), "ready before it is mounted");
-    assert!(
-        listener.has_heard("STATUS=mounted on"),
-        "{}",
-        listener.heard
-    );
-    fs::write(volume.path("file"), "text").expect("write to the volume");
-    assert!(!listener.has_heard("STOPPING=1"));
-    kill(Pid::from_raw(running.pid()), Signal::SIGTERM).expect("stop it");
-    let output = running.wait();
-    assert!(output.status.success(), "{}", output.describe());
-    assert!(listener.has_heard("STOPPING=1"), "{}", listener.heard);
-    assert!(
-        listener.has_heard("EXTEND_TIMEOUT_USEC="),
-        "{}",
-        listener.heard
-    );
-    assert!(!volume.is_mount_point());
-    // What cannot be mounted is never ready.
-    listener.heard.clear();
-    fs::rename(&volume.devices[1], &away).expect("take a member away");
-    exits(start().args(["-o", "device_wait=0"]), 32);
-    assert!(!listener.has_heard("READY=1"));
-    fs::rename(&away, &volume.devices[1]).expect("bring the member back");
-    // A background daemon is not what the manager of its caller waits for.
-    let background = env.braidfs().env("NOTIFY_SOCKET", &path);
-    background.args(["mount", &target]).ok();
-    env.braidfs().args(["umount", &target]).ok();
-    assert!(!listener.has_heard(""), "{}", listener.heard);
-    // A socket that is gone does not matter.
-    fs::remove_file(&path).expect("remove the socket");
-    let running = start().spawn();
-    wait_until("mounted", || volume.is_mount_point());
-    kill(Pid::from_raw(running.pid()), Signal::SIGTERM).expect("stop it");
-    let output = running.wait();
-    assert!(output.status.success(), "{}", output.describe());
-    Ok(())
-}
-
-fn stop_waits(env: &Env) -> Outcome {
-    let mut volume = Volume::format(env, "v", &[512 * MIB; 2], &[]);
-    let data = vec![7; 400 << 20];
-    let mut command = env
-        .braidfs()
-        .args(["mount", "--foreground", "-o", "commit=300"]);
-    command = command.args(&volume.devices).arg(&volume.mountpoint);
-    let running = command.limit_secs(100).spawn();
-    wait_until("mounted", || volume.is_mount_point());
-    fs::write(volume.path("file"), &data).expect("write to the volume");
-    kill(Pid::from_raw(running.pid()), Signal::SIGTERM).expect("stop it");
-    let output = running.wait();
-    assert!(output.status.success(), "{}", output.describe());
-    // Nothing is left to somebody else: a copy of what the devices hold now is whole.
-    volume.fsck_clean();
-    volume.mount(&["ro"]);
-    let back = fs::read(volume.path("file")).expect("read it back");
-    assert!(back == data, "data was lost");
-    volume.umount();
+    env.braidfs().args(["probe", "--no-such-option"]).exits(4);
+    env.braidfs().args(["probe", "--output=other"]).exits(4);
+    env.braidfs().args(["probe", ""]).exits(4);
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use braidfs_tests::command::{Cmd, wait_until};
@@ -11,7 +11,7 @@ use braidfs_tests::env::{Env, Outcome};
 use braidfs_tests::machine::link_helpers;
 use braidfs_tests::report::{list, number};
 use braidfs_tests::runner::{self, Test};
-use braidfs_tests::volume::{MIB, Volume};
+use braidfs_tests::volume::{MIB, Volume, joined, name};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -230,7 +230,7 @@ fn any_one_member(env: &Env) -> Outcome {
             .arg(&volume.mountpoint)
             .ok();
         volume.adopt();
-        fs::write(volume.path("file"), name_of(member)).expect("write to the volume");
+        fs::write(volume.path("file"), name(member)).expect("write to the volume");
         volume.umount();
         let info = env.braidfs().args(["info", "--json"]).arg(member).ok();
         assert_eq!(
@@ -240,22 +240,10 @@ fn any_one_member(env: &Env) -> Outcome {
         env.braidfs().args(["fsck", "-n"]).arg(member).ok();
     }
     volume.mount(&[]);
-    let last = name_of(&volume.devices[2]);
+    let last = name(&volume.devices[2]);
     assert_eq!(fs::read_to_string(volume.path("file")).expect("read"), last);
     volume.umount();
     Ok(())
-}
-
-fn name_of(path: &Path) -> String {
-    path.display().to_string()
-}
-
-fn joined(devices: &[PathBuf]) -> String {
-    devices
-        .iter()
-        .map(|device| name_of(device))
-        .collect::<Vec<_>>()
-        .join(":")
 }
 
 fn one_word(env: &Env) -> Outcome {
@@ -361,7 +349,7 @@ fn options(env: &Env) -> Outcome {
         volume.mount(set);
         fs::write(volume.path("file"), set.join(",")).expect("write to the volume");
         let table = fs::read_to_string("/proc/self/mounts").expect("the mount table");
-        let target = name_of(&volume.mountpoint);
+        let target = name(&volume.mountpoint);
         let line = table
             .lines()
             .find(|line| line.contains(&target))

@@ -10,7 +10,7 @@ use braidfs_tests::env::{Env, Outcome};
 use braidfs_tests::loopdev::LoopDevice;
 use braidfs_tests::report::list;
 use braidfs_tests::runner::{self, Test};
-use braidfs_tests::volume::{GIB, MIB, Volume, json, sparse_image};
+use braidfs_tests::volume::{GIB, MIB, Volume, json, name, sparse_image};
 use serde_json::Value;
 
 const MEMBER_BYTES: u64 = 128 * MIB;
@@ -36,10 +36,6 @@ fn main() -> ExitCode {
             Test::new("damage_that_a_scrub_left", 60, damage),
         ],
     )
-}
-
-fn name(path: &Path) -> String {
-    path.display().to_string()
 }
 
 /// What is found at a mount point or on devices; the exit code tells whether anything is.

@@ -14,7 +14,7 @@ use braidfs_tests::command::{Cmd, Output, wait_until};
 use braidfs_tests::env::{Env, Outcome};
 use braidfs_tests::loopdev::LoopDevice;
 use braidfs_tests::runner::{self, Test};
-use braidfs_tests::volume::{MIB, Volume, sparse_image};
+use braidfs_tests::volume::{MIB, Volume, name, sparse_image};
 use nix::fcntl::{Flock, FlockArg};
 
 const MEMBER_BYTES: u64 = 64 * MIB;
@@ -378,10 +378,6 @@ struct Scene<'e> {
     _mounted: Volume<'e>,
     _busy: (Volume<'e>, File),
     _lock: Flock<File>,
-}
-
-fn name(path: &Path) -> String {
-    path.display().to_string()
 }
 
 impl<'e> Scene<'e> {

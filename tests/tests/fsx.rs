@@ -1,9 +1,10 @@
 //! fsx: random operations on one file, each read compared with what fsx remembers.
 //!
-//! Eight configurations: the file opened as usual and with O_DIRECT, mapped and not, in both cache
-//! modes; each with four shapes of files and operations, on three members, with a cache of 32 MiB.
-//! Several times in a run, while fsx has the file closed, the volume is unmounted, checked and
-//! mounted anew, and has to show the same bytes; then fsx goes on, with what it remembers.
+//! Ten configurations: the file opened as usual and with O_DIRECT, mapped and not, with `direct_io`
+//! and `writeback_cache`; opened as usual with the default, `cache=auto`, mapped and not. Each with
+//! four shapes of files and operations, on three members, with a cache of 32 MiB. Several times in
+//! a run, while fsx has the file closed, the volume is unmounted, checked and mounted anew, and has
+//! to show the same bytes; then fsx goes on, with what it remembers.
 //! `tests/preload/fsx.c` brings what fsx lacks: O_DIRECT, zeroed ranges, the remounts.
 //!
 //! Environment: `FSX_OPS` (operations of a run), `FSX_SEEDS` (runs of a configuration, of seeds
@@ -51,6 +52,10 @@ const DIRECT_IO: Setup = Setup {
     o_direct: false,
     mapped: false,
 };
+const AUTO: Setup = Setup {
+    mode: "cache=auto",
+    ..DIRECT_IO
+};
 const WRITEBACK: Setup = Setup {
     mode: "writeback_cache",
     ..DIRECT_IO
@@ -68,6 +73,8 @@ fn main() -> ExitCode {
             test("o_direct_mmap", |env| {
                 DIRECT_IO.o_direct().mapped().exercise(env)
             }),
+            test("auto_buffered", |env| AUTO.exercise(env)),
+            test("auto_buffered_mmap", |env| AUTO.mapped().exercise(env)),
             test("writeback_buffered", |env| WRITEBACK.exercise(env)),
             test("writeback_buffered_mmap", |env| {
                 WRITEBACK.mapped().exercise(env)

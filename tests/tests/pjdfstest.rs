@@ -35,6 +35,7 @@ fn main() -> ExitCode {
     runner::main(
         "pjdfstest",
         &[
+            Test::new("auto", 300, |env| suite(env, "cache=auto")),
             Test::new("direct_io", 300, |env| suite(env, "direct_io")),
             Test::new("writeback_cache", 300, |env| suite(env, "writeback_cache")),
         ],

@@ -297,8 +297,11 @@ impl Watchdog {
             let mut slept = Instant::now();
             while stopped.recv_timeout(pause) == Err(RecvTimeoutError::Timeout) {
                 // Much later than asked for: the process was stopped, or had no processor.
-                let lost = slept.elapsed().checked_sub(pause * OVERSLEPT);
-                let lost = lost.map_or(Duration::ZERO, |lost| lost + pause * (OVERSLEPT - 1));
+                let elapsed = slept.elapsed();
+                let lost = match elapsed > pause * OVERSLEPT {
+                    true => elapsed - pause,
+                    false => Duration::ZERO,
+                };
                 for (timeout, queue) in &watched {
                     if let Some(queue) = queue.upgrade() {
                         queue.look(*timeout, lost);

@@ -329,7 +329,7 @@ impl ParsedOptions {
 }
 
 fn unknown(name: &str, value: Option<&str>) -> String {
-    const WITH_VALUE: [&str; 11] = [
+    const WITH_VALUE: [&str; 12] = [
         "commit",
         "cache_size",
         "backend",
@@ -339,6 +339,7 @@ fn unknown(name: &str, value: Option<&str>) -> String {
         "fsname",
         "subtype",
         "logfile",
+        "cache",
         "device_wait",
         "search",
     ];
@@ -506,6 +507,7 @@ mod tests {
             ("uid=5", "chown"),
             ("device_wait=3601", "0 to 3600"),
             ("device_wait", "needs a value"),
+            ("cache", "needs a value"),
             ("search=images", "absolute"),
             ("search=", "absolute"),
             ("fsname=", "'fsname='"),

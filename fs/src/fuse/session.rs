@@ -104,6 +104,8 @@ impl Mounted {
     pub fn serve(self) -> io::Result<()> {
         let shared = &self.handle.shared;
         let blocking = Blocking::default();
+        let landings = shared.fs.stats().cache.size_bytes / LANDING_SHARE / LANDING_BYTES as u64;
+        let lands = landings >= shared.options.threads as u64;
         let served = thread::scope(|scope| {
             let watcher = thread::Builder::new()
                 .name("braidfs-watch".into())
@@ -113,11 +115,10 @@ impl Mounted {
                         let spare = thread::Builder::new()
                             .name("braidfs-spare".into())
                             .spawn_scoped(scope, move || {
-                                let served = serve_channel(
-                                    &shared,
-                                    &blocking,
-                                    &own_channel(&shared.channel),
-                                );
+                                // There may be many, and each is there because memory is short,
+                                // or a device slow.
+                                let channel = own_channel(&shared.channel);
+                                let served = serve_channel(&shared, &blocking, &channel, false);
                                 debug!("a spare thread ends: {served:?}");
                             });
                         spare.is_ok()
@@ -132,14 +133,14 @@ impl Mounted {
                 let worker = thread::Builder::new()
                     .name(format!("braidfs-fuse{number}"))
                     .spawn_scoped(scope, move || {
-                        serve_channel(&shared, &blocking, &own_channel(&shared.channel))
+                        serve_channel(&shared, &blocking, &own_channel(&shared.channel), lands)
                     });
                 match worker {
                     Ok(worker) => workers.push(worker),
                     Err(error) => warn!("only {number} threads serve requests: {error}"),
                 }
             }
-            let mut served = serve_channel(shared, &blocking, &shared.channel);
+            let mut served = serve_channel(shared, &blocking, &shared.channel, lands);
             for worker in workers {
                 served = served.and(worker.join().unwrap_or(Err(Errno::EIO)));
             }
@@ -164,15 +165,15 @@ pub(super) fn own_channel(first: &Arc<Channel>) -> Arc<Channel> {
     }
 }
 
-/// Serves the requests of one channel until the connection ends.
+/// Serves the requests of one channel until the connection ends. `lands`: payloads come to lie in
+/// the cache's own memory.
 fn serve_channel(
     shared: &Arc<Shared>,
     blocking: &Blocking,
     channel: &Arc<Channel>,
+    lands: bool,
 ) -> Result<(), Errno> {
     let mut buffer = RequestBuffer::new();
-    let landing_threads = shared.fs.stats().cache.size_bytes / LANDING_SHARE / LANDING_BYTES as u64;
-    let lands = landing_threads >= shared.options.threads as u64;
     loop {
         if lands {
             buffer.land_on(|| shared.fs.alloc_landing());

@@ -20,7 +20,7 @@ use log::{debug, warn};
 use nix::errno::Errno;
 
 use super::attach::{self, AttachError, MountSpec, Unmount};
-use super::attr::{attr_out, entry_out, negative_entry_out};
+use super::attr::{BLKSIZE_DIRECT, attr_out, entry_out, negative_entry_out};
 use super::channel::{Channel, Received, RequestBuffer};
 pub use super::dir::Listing;
 use super::init::{InitError, handshake};
@@ -29,9 +29,6 @@ use super::protocol::{InHeader, Out};
 use super::session::{own_channel, tune_kernel_cache};
 use super::{CacheMode, TIMEOUT_DEFAULT, mounts};
 use crate::Attr;
-
-/// What `st_blksize` says.
-const BLKSIZE: u32 = 65_536;
 
 /// Mounts, and has `handler` answer requests on `threads` threads until the file system is
 /// unmounted. The handler may keep nothing of a request: its bytes are overwritten by the next.
@@ -129,7 +126,7 @@ impl Request<'_> {
     /// believe either for a day.
     pub fn entry(self, found: Option<&Attr>) {
         let out = match found {
-            Some(attr) => entry_out(attr, TIMEOUT_DEFAULT, BLKSIZE),
+            Some(attr) => entry_out(attr, TIMEOUT_DEFAULT, BLKSIZE_DIRECT),
             None => negative_entry_out(TIMEOUT_DEFAULT),
         };
         self.bytes(out.as_slice());
@@ -137,7 +134,7 @@ impl Request<'_> {
 
     /// Answers a GETATTR or SETATTR.
     pub fn attr(self, attr: &Attr) {
-        self.bytes(attr_out(attr, TIMEOUT_DEFAULT, BLKSIZE).as_slice());
+        self.bytes(attr_out(attr, TIMEOUT_DEFAULT, BLKSIZE_DIRECT).as_slice());
     }
 
     /// Answers an OPEN, with flags of [`open_reply`].
@@ -147,7 +144,7 @@ impl Request<'_> {
 
     /// Answers a CREATE, likewise.
     pub fn created(self, attr: &Attr, handle: u64, flags: u32) {
-        let entry = entry_out(attr, TIMEOUT_DEFAULT, BLKSIZE);
+        let entry = entry_out(attr, TIMEOUT_DEFAULT, BLKSIZE_DIRECT);
         let out = entry.u64(handle).u32(flags).u32(0);
         self.bytes(out.as_slice());
     }
@@ -175,7 +172,7 @@ impl Listing {
     /// Adds an entry with its attributes, which the kernel may believe for `timeout`; there is room
     /// for it. The kernel then knows the inode once more.
     pub fn add_plus(&mut self, attr: &Attr, cookie: u64, kind: u8, name: &[u8]) {
-        let head = entry_out(attr, TIMEOUT_DEFAULT, BLKSIZE);
+        let head = entry_out(attr, TIMEOUT_DEFAULT, BLKSIZE_DIRECT);
         self.bytes.extend_from_slice(head.as_slice());
         self.add(attr.ino, cookie, kind, name);
     }

@@ -26,14 +26,7 @@ fn lay_out(stage: &Stage<'_>, bytes: u64) {
             file.set_len(bytes).expect("size a file");
         }
         _ => {
-            let job = Job {
-                pattern: "write",
-                block: MIB,
-                size: bytes,
-                extra: &["--end_fsync=1"],
-                ..Job::default()
-            };
-            job.run(&stage.fio_file(FILE), None);
+            writing(MIB, bytes).run(&stage.fio_file(FILE), None);
         }
     }
 }
@@ -73,6 +66,30 @@ fn record(run: &mut Run<'_>, stage: &mut Stage<'_>, row: &str, unit: Unit, job: 
     run.record(row, unit, &work, cost);
 }
 
+/// A job that writes all of a file, and fsyncs it; the file is made by it.
+fn writing(block: u64, size: u64) -> Job<'static> {
+    Job {
+        pattern: "write",
+        block,
+        size,
+        extra: &["--end_fsync=1"],
+        ..Job::default()
+    }
+}
+
+/// The same with reads.
+fn reading<'a>(write: &Job<'a>) -> Job<'a> {
+    Job {
+        pattern: if write.pattern == "write" {
+            "read"
+        } else {
+            "randread"
+        },
+        extra: &[],
+        ..write.clone()
+    }
+}
+
 /// Sequential write with a final fsync, cold read, warm read.
 pub fn sequential(run: &mut Run<'_>, block: u64, direct: bool, depth: u32) {
     let engine = match (depth, direct) {
@@ -84,21 +101,13 @@ pub fn sequential(run: &mut Run<'_>, block: u64, direct: bool, depth: u32) {
     let mut stage = run.stage("");
     let bytes = stage.file_bytes(run.scale().large_bytes);
     let write = Job {
-        pattern: "write",
         engine,
-        block,
         depth,
         direct,
-        size: bytes,
-        extra: &["--end_fsync=1"],
-        ..Job::default()
+        ..writing(block, bytes)
     };
     record(run, &mut stage, "write", Unit::BytesPerSecond, &write);
-    let read = Job {
-        pattern: "read",
-        extra: &[],
-        ..write
-    };
+    let read = reading(&write);
     if !stage.peer.is_null() && run.wants("read cold") {
         stage.cold();
         record(run, &mut stage, "read cold", Unit::BytesPerSecond, &read);
@@ -122,18 +131,9 @@ pub fn sequential(run: &mut Run<'_>, block: u64, direct: bool, depth: u32) {
 pub fn tiny(run: &mut Run<'_>) {
     let mut stage = run.stage("");
     let bytes = stage.file_bytes(run.scale().warm_bytes);
-    let write = Job {
-        pattern: "write",
-        size: bytes,
-        extra: &["--end_fsync=1"],
-        ..Job::default()
-    };
+    let write = writing(BLOCK, bytes);
     record(run, &mut stage, "write", Unit::PerSecond, &write);
-    let read = Job {
-        pattern: "read",
-        extra: &[],
-        ..write
-    };
+    let read = reading(&write);
     if run.wants("read cold") {
         stage.cold();
         record(run, &mut stage, "read cold", Unit::PerSecond, &read);
@@ -160,11 +160,7 @@ pub fn random(run: &mut Run<'_>, direct: bool, jobs: u32) {
     if run.wants("write") {
         record(run, &mut stage, "write", Unit::PerSecond, &write);
     }
-    let read = Job {
-        pattern: "randread",
-        extra: &[],
-        ..write
-    };
+    let read = reading(&write);
     if run.wants("read warm") {
         warm_up(&stage, bytes);
         record(run, &mut stage, "read warm", Unit::PerSecond, &read);
@@ -291,16 +287,9 @@ pub fn dd(run: &mut Run<'_>) {
                 ..Work::default()
             }
         };
-        let to = format!("of={}", path.display());
-        let write = ["if=/dev/zero".to_owned(), to, size.clone(), count.clone()];
-        let [zeros, to, size, count] = write;
-        let words = [
-            zeros,
-            to,
-            size.clone(),
-            count.clone(),
-            "conv=fsync".to_owned(),
-        ];
+        let (zeros, to) = ("if=/dev/zero".to_owned(), format!("of={}", path.display()));
+        let sync = "conv=fsync".to_owned();
+        let words = [zeros, to, size.clone(), count.clone(), sync];
         let (work, cost) = stage.measured(|_| timed(words));
         run.record(&format!("write {name}"), Unit::BytesPerSecond, &work, cost);
         stage.drop_kernel_caches();
@@ -318,21 +307,13 @@ pub fn streams(run: &mut Run<'_>) {
     let mut stage = run.stage("");
     let bytes = stage.file_bytes(run.scale().large_bytes / 2) / u64::from(STREAMS);
     let write = Job {
-        pattern: "write",
-        block: MIB,
         jobs: STREAMS,
-        size: bytes >> 20 << 20,
-        extra: &["--end_fsync=1"],
-        ..Job::default()
+        ..writing(MIB, bytes >> 20 << 20)
     };
     let folder = format!("--directory={}", stage.path("").display());
     let (work, cost) = stage.measured(|_| write.run(&folder, None));
     run.record("write", Unit::BytesPerSecond, &work, cost);
-    let read = Job {
-        pattern: "read",
-        extra: &[],
-        ..write
-    };
+    let read = reading(&write);
     stage.cold();
     let (work, cost) = stage.measured(|_| read.run(&folder, None));
     run.record("read cold", Unit::BytesPerSecond, &work, cost);
@@ -342,19 +323,9 @@ pub fn streams(run: &mut Run<'_>) {
 pub fn small_cache(run: &mut Run<'_>) {
     let mut stage = run.stage("cache_size=128M");
     let bytes = stage.file_bytes(run.scale().large_bytes / 4);
-    let write = Job {
-        pattern: "write",
-        block: MIB,
-        size: bytes,
-        extra: &["--end_fsync=1"],
-        ..Job::default()
-    };
+    let write = writing(MIB, bytes);
     record(run, &mut stage, "write", Unit::BytesPerSecond, &write);
-    let read = Job {
-        pattern: "read",
-        extra: &[],
-        ..write
-    };
+    let read = reading(&write);
     warm_up(&stage, bytes);
     record(run, &mut stage, "read again", Unit::BytesPerSecond, &read);
     let scattered = Job {
@@ -371,20 +342,10 @@ pub fn small_cache(run: &mut Run<'_>) {
 pub fn scaling(run: &mut Run<'_>) {
     for &count in run.scale().throttled_counts {
         let mut stage = run.stage_on(count, "");
-        let write = Job {
-            pattern: "write",
-            block: MIB,
-            size: run.scale().throttled_bytes * count as u64,
-            extra: &["--end_fsync=1"],
-            ..Job::default()
-        };
+        let write = writing(MIB, run.scale().throttled_bytes * count as u64);
         let row = format!("write on {count}");
         record(run, &mut stage, &row, Unit::BytesPerSecond, &write);
-        let read = Job {
-            pattern: "read",
-            extra: &[],
-            ..write
-        };
+        let read = reading(&write);
         stage.cold();
         let row = format!("read on {count}");
         record(run, &mut stage, &row, Unit::BytesPerSecond, &read);
