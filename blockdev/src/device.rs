@@ -18,6 +18,7 @@ use crate::pages::PageRun;
 use crate::request::DeviceRequest;
 use open::OpenError;
 use std::sync::Arc;
+use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 /// How long closing a device waits for requests that it has not ended.
@@ -76,8 +77,12 @@ pub trait BlockDevice: Send + Sync {
     }
 
     /// Memory that most requests will use (fixed buffers). Best effort, once, before I/O. The
-    /// memory
-    /// stays mapped, and the same pages (no `MADV_DONTNEED` or the like), as long as the device is
-    /// open: the kernel pins the pages, piece by piece as they are first used.
+    /// memory stays mapped as long as the device is open, and the same pages (no `MADV_DONTNEED` or
+    /// the like) until [`BlockDevice::forget_memory`] is done: the kernel pins the pages, piece by
+    /// piece as they are first used.
     fn register_memory(&self, _arena: PageRun) {}
+
+    /// Does without registered memory from now on, and says so on `done`, or drops it, once nothing
+    /// is pinned any more.
+    fn forget_memory(&self, _done: Sender<()>) {}
 }

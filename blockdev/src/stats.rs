@@ -1,9 +1,9 @@
 //! Counters and histograms: the mission at work, for people and for `--json`.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Powers of two: bucket `i` counts values below `2^i` that no lower bucket took.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Histogram {
     /// Number of values per bucket; empty at the end is cut off.
     pub buckets: Vec<u64>,
@@ -36,6 +36,36 @@ impl Histogram {
     /// Mean value; 0 if there is none.
     pub fn mean(&self) -> u64 {
         self.sum.checked_div(self.count).unwrap_or(0)
+    }
+
+    /// A bound that `percent` of the values are below: that of their bucket, or the largest value.
+    /// 0 if there is none.
+    pub fn percentile(&self, percent: u64) -> u64 {
+        let total: u128 = self.buckets.iter().copied().map(u128::from).sum();
+        let mut seen = 0;
+        for (shift, &count) in (0..).zip(&self.buckets) {
+            seen += u128::from(count);
+            if total > 0 && seen * 100 >= total * u128::from(percent) {
+                let bound = 1_u64.checked_shl(shift).unwrap_or(u64::MAX);
+                return bound.min(self.max);
+            }
+        }
+        0
+    }
+
+    /// The values that came after `earlier`, an older state of this one. Their largest value is not
+    /// known: it is that of all.
+    #[must_use]
+    pub fn since(&self, earlier: &Histogram) -> Histogram {
+        let before = earlier.buckets.iter().chain(std::iter::repeat(&0));
+        let each = self.buckets.iter().zip(before);
+        let buckets: Vec<u64> = each.map(|(now, then)| now.saturating_sub(*then)).collect();
+        Histogram {
+            count: buckets.iter().sum(),
+            buckets,
+            sum: self.sum.saturating_sub(earlier.sum),
+            max: self.max,
+        }
     }
 
     /// Without the empty buckets at the end.
@@ -138,4 +168,39 @@ pub struct VolumeStats {
     pub mirror_retries: u64,
     /// Per member device.
     pub devices: Vec<QueueStats>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_upper_bounds() {
+        let mut histogram = Histogram::default();
+        assert_eq!(histogram.percentile(50), 0);
+        for _ in 0..98 {
+            histogram.add(7);
+        }
+        histogram.add(600);
+        histogram.add(1000);
+        assert_eq!(histogram.percentile(50), 8);
+        assert_eq!(histogram.percentile(98), 8);
+        assert_eq!(histogram.percentile(99), 1000, "no more than the largest");
+        let mut all = Histogram::default();
+        all.add(u64::MAX);
+        assert_eq!(all.percentile(100), u64::MAX);
+    }
+
+    #[test]
+    fn what_came_later_is_the_difference() {
+        let mut now = Histogram::default();
+        now.add(1);
+        let earlier = now.clone().trimmed();
+        now.add(5);
+        now.add(6);
+        let later = now.since(&earlier);
+        assert_eq!((later.count, later.sum, later.mean()), (2, 11, 5));
+        assert_eq!(later.percentile(50), 6);
+        assert_eq!(now.since(&Histogram::default()).count, 3);
+    }
 }

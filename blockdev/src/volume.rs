@@ -9,6 +9,7 @@ mod elect;
 mod labels;
 mod map;
 mod plug;
+mod relabel;
 mod space;
 mod store;
 mod transfer;
@@ -24,7 +25,7 @@ use crate::completion::FlushDone;
 use crate::device::BlockDevice;
 use crate::error::{BlockError, ErrorKind, Op};
 use crate::kiobuf::{InDoubt, Leg, View};
-use crate::label::{DEVICE_BYTES_MIN, DEVICES_MAX, LABEL_TEXT_MAX, is_stripe_unit};
+use crate::label::{DEVICE_BYTES_MIN, DEVICES_MAX, is_stripe_unit};
 use crate::pages::PageRun;
 use crate::queue::{DeviceQueue, FlushFanIn, FlushTicket, ReadFallback, Watchdog};
 use crate::request::Parts;
@@ -35,8 +36,9 @@ use map::ChunkMap;
 use parking_lot::{Mutex, RwLock};
 use space::{Plan, Space};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use store::Identity;
 
 /// Bound on the wait for what is under way when the volume is closed.
@@ -106,11 +108,7 @@ impl Volume {
             let kind = VolumeErrorKind::StripeUnit(options.stripe_unit_bytes);
             return Err(VolumeError::Volume(kind));
         }
-        if options.label.len() > LABEL_TEXT_MAX || options.label.contains('\0') {
-            return Err(VolumeError::Volume(VolumeErrorKind::LabelText(
-                LABEL_TEXT_MAX,
-            )));
-        }
+        relabel::check_text(&options.label)?;
         for device in &devices {
             let (size, min) = (device.size_bytes(), DEVICE_BYTES_MIN);
             if size < min {
@@ -128,7 +126,7 @@ impl Volume {
         let fs_uuid = options.fs_uuid.map_or_else(store::new_uuid, Ok);
         let identity = Identity {
             fs_uuid: fs_uuid.map_err(block_error)?,
-            text: options.label.clone(),
+            text: options.label.clone().into(),
             stripe_unit_bytes: options.stripe_unit_bytes,
             ro_compat: 0,
             device_uuids: uuids.map_err(block_error)?,
@@ -272,12 +270,7 @@ impl Volume {
         if self.is_read_only() {
             return Err(VolumeError::Volume(VolumeErrorKind::ReadOnly));
         }
-        if let Some(dev) = self.silent_device() {
-            // Better not begun than failed half way.
-            let (kind, op, at) = (ErrorKind::TimedOut, Op::Write, 0);
-            let error = BlockError { kind, op, dev, at };
-            return Err(block_error(&self.devices, error));
-        }
+        self.check_answering()?;
         let mut durable = self.durable.lock();
         durable.discarding.retain(|in_doubt| !in_doubt.is_over());
         if !durable.discarding.is_empty() {
@@ -297,6 +290,16 @@ impl Volume {
         *self.map.write() = Arc::new(ChunkMap::new(&durable.table.chunks, self.devices.len()));
         self.note_meta_growth(&durable.table);
         Ok(chunk)
+    }
+
+    /// An update had better not be begun than fail half way.
+    fn check_answering(&self) -> Result<(), VolumeError> {
+        let Some(dev) = self.silent_device() else {
+            return Ok(());
+        };
+        let (kind, op, at) = (ErrorKind::TimedOut, Op::Write, 0);
+        let error = BlockError { kind, op, dev, at };
+        Err(block_error(&self.devices, error))
     }
 
     fn space(&self, table: &Table) -> Space {
@@ -395,6 +398,26 @@ impl Volume {
     pub fn register_memory(&self, arena: PageRun) {
         for device in &self.devices {
             device.register_memory(arena);
+        }
+    }
+
+    /// Has the devices let go of what [`Volume::register_memory`] showed them; they do without from
+    /// then on. False if one of them did not within `patience`.
+    pub fn forget_memory(&self, patience: Duration) -> bool {
+        let until = Instant::now() + patience;
+        let (told, forgotten) = channel();
+        for device in &self.devices {
+            device.forget_memory(told.clone());
+        }
+        drop(told);
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            match forgotten.recv_timeout(left) {
+                Ok(()) => {}
+                // Each has dropped its end after its word.
+                Err(RecvTimeoutError::Disconnected) => return true,
+                Err(RecvTimeoutError::Timeout) => return false,
+            }
         }
     }
 

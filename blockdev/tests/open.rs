@@ -110,7 +110,17 @@ unsafe impl PageVector for ArenaPages {
     }
 }
 
-/// Scattered single pages and whole runs, inside and outside of registered memory.
+/// Returns when the device uses no registered memory any more.
+fn forget(device: &dyn BlockDevice) {
+    let (told, done) = channel();
+    device.forget_memory(told);
+    let limit = std::time::Duration::from_secs(30);
+    let late = Err(std::sync::mpsc::RecvTimeoutError::Timeout);
+    assert_ne!(done.recv_timeout(limit), late);
+}
+
+/// Scattered single pages and whole runs, inside and outside of registered memory, and in memory
+/// that was registered.
 #[test]
 fn scattered_and_registered_memory_arrives() {
     let dir = tempfile::tempdir().unwrap();
@@ -131,14 +141,22 @@ fn scattered_and_registered_memory_arrives() {
         unsafe { base.wrapping_add(page * 4096).cast::<u64>().write(value) }
     };
     for backend in BACKENDS {
-        for registered in [false, true] {
-            let device = open_device(&path, mode(backend, false)).unwrap();
-            if registered {
-                device.register_memory(run(0, 2048));
+        let device = open_device(&path, mode(backend, false)).unwrap();
+        for phase in ["none", "registered", "forgotten"] {
+            match phase {
+                "registered" => device.register_memory(run(0, 2048)),
+                "forgotten" => {
+                    forget(&*device);
+                    // Other pages than those that were registered lie there from now on.
+                    // SAFETY: whole pages inside the arena, of which no byte is relied on.
+                    let gone = unsafe { libc::madvise(base.cast(), 8 << 20, libc::MADV_DONTNEED) };
+                    assert_eq!(gone, 0);
+                }
+                _ => {}
             }
             // Every second page of the first half, backwards.
             let scattered: Vec<usize> = (0..512).map(|index| 1022 - 2 * index).collect();
-            let salt = u64::from(registered) << 32;
+            let salt = (phase.len() as u64) << 32;
             scattered
                 .iter()
                 .for_each(|&page| set_word(page, page as u64 + salt));

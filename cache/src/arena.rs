@@ -1,11 +1,12 @@
 //! The arena and the handles to its memory: the only module of the cache that touches raw pages.
 //!
 //! One anonymous mapping, made at start and never grown, is handed out by the buddy allocator as
-//! frames of 2^k pages. A [`Frame`] is a counted handle to a frame, or to a part of one. Reading
-//! needs a handle, writing needs the only handle (see [`crate::refcount`]), and pages lent to a
-//! device for reading into are inaccessible until the device's owner has given them back
-//! ([`FrameVec::lend`](crate::FrameVec)). So a page that somebody can see never changes under
-//! him, and a page under I/O keeps the bytes its checksum was computed from.
+//! frames of 2^k pages; how much of it may be used can change (see `resize`). A [`Frame`] is a
+//! counted handle to a frame, or to a part of one. Reading needs a handle, writing needs the only
+//! handle (see [`crate::refcount`]), and pages lent to a device for reading into are inaccessible
+//! until the device's owner has given them back ([`FrameVec::lend`](crate::FrameVec)). So a page
+//! that somebody can see never changes under him, and a page under I/O keeps the bytes its checksum
+//! was computed from.
 //!
 //! The mapping lives as long as any frame: each frame handed out holds one strong count of the
 //! arena, so that pinning and unpinning touch the frame's own count alone.
@@ -20,7 +21,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use braidfs_blockdev::{PAGE_SIZE, PageRun};
-use memmap2::{Advice, MmapMut, MmapRaw};
+use memmap2::{Advice, MmapMut, MmapRaw, UncheckedAdvice};
 use parking_lot::Mutex;
 
 use crate::SpaceClass;
@@ -40,7 +41,11 @@ pub(crate) struct Arena {
     map: MmapRaw,
     base: NonNull<u8>,
     pages: u32,
-    reserve_pages: u32,
+    /// Pages that may be used, and of these the ones that only metadata may take.
+    usable_pages: AtomicU32,
+    reserve_pages: AtomicU32,
+    /// Whether pages may be mapped ahead of their use; held while that is done.
+    populating: Mutex<bool>,
     /// One count per page; that of a frame's first page is in use.
     pins: Box<[RefCount]>,
     buddy: Mutex<Buddy>,
@@ -73,13 +78,13 @@ impl Arena {
         if let Err(error) = map.advise_range(Advice::HugePage, skip, len) {
             log::debug!("no huge pages for the cache: {error}");
         }
-        let bytes = u64::from(pages) * PAGE_SIZE as u64;
-        let reserve = RESERVE_MIN.max(bytes / 32).min(bytes / 2);
         Ok(Arc::new(Self {
             map,
             base,
             pages,
-            reserve_pages: u32::try_from(reserve / PAGE_SIZE as u64).expect("part of `pages`"),
+            usable_pages: AtomicU32::new(pages),
+            reserve_pages: AtomicU32::new(reserve_of(pages)),
+            populating: Mutex::new(true),
             pins: (0..pages).map(|_| RefCount::new()).collect(),
             buddy: Mutex::new(Buddy::new(pages)),
             free_pages: AtomicU32::new(pages),
@@ -91,8 +96,23 @@ impl Arena {
         self.pages
     }
 
-    pub fn reserve_pages(&self) -> u32 {
+    /// Those that may be used.
+    pub fn usable_pages(&self) -> u32 {
+        self.usable_pages.load(Ordering::Relaxed)
+    }
+
+    /// Says how many may be used; whoever lowers it takes the others, and nobody populates them.
+    pub fn set_usable_pages(&self, pages: u32) {
+        if pages < self.pages {
+            *self.populating.lock() = false;
+        }
+        self.usable_pages.store(pages, Ordering::Relaxed);
         self.reserve_pages
+            .store(reserve_of(pages), Ordering::Relaxed);
+    }
+
+    pub fn reserve_pages(&self) -> u32 {
+        self.reserve_pages.load(Ordering::Relaxed)
     }
 
     pub fn free_pages(&self) -> u32 {
@@ -105,11 +125,18 @@ impl Arena {
         unsafe { PageRun::new(self.base, self.pages as usize * PAGE_SIZE) }
     }
 
-    /// Maps `pages` pages from page `first` on now instead of at first touch. Contents stay.
-    pub fn populate(&self, first: u32, pages: u32) -> io::Result<()> {
+    /// Maps `pages` pages from page `first` on now instead of at first touch. Contents stay. False
+    /// if that is not wanted any more.
+    pub fn populate(&self, first: u32, pages: u32) -> io::Result<bool> {
+        let wanted = self.populating.lock();
+        if !*wanted {
+            return Ok(false);
+        }
         let skip = self.base.as_ptr().addr() - self.map.as_mut_ptr().addr();
         let (at, len) = (first as usize * PAGE_SIZE, pages as usize * PAGE_SIZE);
-        self.map.advise_range(Advice::PopulateWrite, skip + at, len)
+        self.map
+            .advise_range(Advice::PopulateWrite, skip + at, len)?;
+        Ok(true)
     }
 
     /// A frame of 2^`order` pages nobody else has, without waiting. Data leaves the reserve alone.
@@ -119,7 +146,7 @@ impl Arena {
         let keep = if class == SpaceClass::Meta {
             0
         } else {
-            self.reserve_pages
+            self.reserve_pages()
         };
         if buddy.free_pages() < keep + (1 << order) {
             return None;
@@ -199,7 +226,6 @@ impl Frame {
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: the part is mapped and initialised (the mapping began as zeros); writing needs
         // the only handle by `&mut`, and a device reads only into lent frames, which have no
-        // `Frame` that anyone can reach.
         unsafe { std::slice::from_raw_parts(self.ptr().as_ptr(), self.len()) }
     }
 
@@ -218,6 +244,20 @@ impl Frame {
         Some(unsafe { std::slice::from_raw_parts_mut(self.ptr().as_ptr(), self.len()) })
     }
 
+    /// Gives the memory back to the system, if this is the only handle; it reads as zeros when it
+    /// is used again. No device may have it registered.
+    pub fn release(&mut self) -> io::Result<()> {
+        let len = self.len();
+        let Some(bytes) = self.get_mut() else {
+            return Err(io::ErrorKind::ResourceBusy.into());
+        };
+        let at = bytes.as_ptr().addr() - self.arena().map.as_mut_ptr().addr();
+        let advice = UncheckedAdvice::DontNeed;
+        // SAFETY: these pages are private anonymous memory of the arena, nobody else has a handle
+        // to them, and none of their bytes is relied on: any bytes will do, and they become zeros.
+        unsafe { self.arena().map.unchecked_advise_range(advice, at, len) }
+    }
+
     /// A handle to the part of 2^`order` pages number `index` of this one.
     pub fn part(&self, index: u32, order: u8) -> Frame {
         assert!(order <= self.order && index < 1 << (self.order - order));
@@ -227,7 +267,6 @@ impl Frame {
         part
     }
 
-    /// `count` pages from page `first` of this part, as memory for an I/O. Whoever uses it keeps
     /// a handle, or keeps the frame lent.
     pub fn run(&self, first: u64, count: u64) -> PageRun {
         assert!(count > 0 && first + count <= 1 << self.order);
@@ -255,6 +294,12 @@ impl Drop for Frame {
             arena.free(self.head, self.head_order);
         }
     }
+}
+
+/// Pages that only metadata may take, of so many.
+fn reserve_of(pages: u32) -> u32 {
+    let least = u32::try_from(RESERVE_MIN / PAGE_SIZE as u64).expect("a constant");
+    least.max(pages / 32).min(pages / 2)
 }
 
 #[cfg(test)]
@@ -304,7 +349,24 @@ mod tests {
         let arena = Arena::new(8 << 20).unwrap();
         let mut frame = arena.try_alloc(8, SpaceClass::Data).unwrap();
         frame.get_mut().unwrap().fill(5);
-        arena.populate(0, arena.pages()).unwrap();
+        assert!(arena.populate(0, arena.pages()).unwrap());
         assert!(frame.bytes().iter().all(|&byte| byte == 5));
+        arena.set_usable_pages(arena.pages() / 2);
+        assert!(!arena.populate(0, 1).unwrap(), "it could undo a release");
+    }
+
+    #[test]
+    fn released_memory_reads_as_zeros_and_needs_the_only_handle() {
+        let arena = Arena::new(8 << 20).unwrap();
+        let mut frame = arena.try_alloc(3, SpaceClass::Data).unwrap();
+        let mut other = arena.try_alloc(3, SpaceClass::Data).unwrap();
+        frame.get_mut().unwrap().fill(5);
+        other.get_mut().unwrap().fill(6);
+        let pin = frame.clone();
+        assert!(frame.release().is_err());
+        drop(pin);
+        frame.release().unwrap();
+        assert!(frame.bytes().iter().all(|&byte| byte == 0));
+        assert!(other.bytes().iter().all(|&byte| byte == 6));
     }
 }

@@ -2,14 +2,14 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use braidfs_blockdev::Volume;
 use parking_lot::Mutex;
 
-use crate::arena::Arena;
+use crate::arena::{Arena, Frame};
 use crate::flusher::{self, DirtyList, FlushSignal};
 use crate::helper::Helper;
 use crate::prefault;
@@ -56,6 +56,12 @@ impl Default for CacheConfig {
     }
 }
 
+impl CacheConfig {
+    fn readahead_pages_max(&self, arena_pages: u32) -> u64 {
+        (u64::from(self.readahead_max_bytes) / PAGE).min(u64::from(arena_pages) / 8)
+    }
+}
+
 /// What kind of pages an address space holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SpaceClass {
@@ -73,7 +79,9 @@ pub struct Cache {
     pub(crate) queues: Queues,
     pub(crate) counters: Counters,
     pub(crate) throttle: Throttle,
-    pub(crate) readahead_pages_max: u64,
+    readahead_pages_max: AtomicU64,
+    /// Frames that are not to be used: their memory is the system's.
+    pub(crate) held: Mutex<Vec<Frame>>,
     pub(crate) flush_signal: Arc<FlushSignal>,
     pub(crate) helper: Arc<Helper>,
     pub(crate) stopped: Arc<AtomicBool>,
@@ -91,8 +99,8 @@ impl Cache {
             queues: Queues::new(pages),
             counters: Counters::default(),
             throttle: Throttle::new(&config, pages),
-            readahead_pages_max: (u64::from(config.readahead_max_bytes) / PAGE)
-                .min(u64::from(pages) / 8),
+            readahead_pages_max: AtomicU64::new(config.readahead_pages_max(pages)),
+            held: Mutex::default(),
             flush_signal: Arc::new(FlushSignal::new()),
             helper: Arc::default(),
             stopped: Arc::default(),
@@ -104,6 +112,19 @@ impl Cache {
         });
         cache.start_threads()?;
         Ok(cache)
+    }
+
+    pub(crate) fn readahead_pages_max(&self) -> u64 {
+        self.readahead_pages_max.load(Ordering::Relaxed)
+    }
+
+    /// Limits go by so many pages.
+    pub(crate) fn set_usable_pages(&self, pages: u32) {
+        self.arena.set_usable_pages(pages);
+        self.throttle.set_pages(pages);
+        self.queues.set_pages(pages);
+        let readahead = self.config.readahead_pages_max(pages);
+        self.readahead_pages_max.store(readahead, Ordering::Relaxed);
     }
 
     fn start_threads(self: &Arc<Self>) -> io::Result<()> {
@@ -158,7 +179,8 @@ impl Cache {
     pub fn stats(&self) -> CacheStats {
         let [small_queue_pages, main_queue_pages] = self.queues.pages();
         CacheStats {
-            size_bytes: u64::from(self.arena.pages()) * PAGE,
+            size_bytes: self.size_bytes(),
+            size_bytes_max: self.size_bytes_max(),
             free_bytes: u64::from(self.arena.free_pages()) * PAGE,
             reserve_bytes: u64::from(self.arena.reserve_pages()) * PAGE,
             dirty_bytes: self.dirty_bytes(),

@@ -126,7 +126,7 @@ pub(crate) fn run(cache: &Weak<Cache>, signal: &FlushSignal, expire: Duration) {
 
 impl Cache {
     pub(crate) fn is_over_background(&self) -> bool {
-        self.dirty_list(SpaceClass::Data).dirty.value() > self.throttle.background_pages
+        self.dirty_list(SpaceClass::Data).dirty.value() > self.throttle.background_pages()
     }
 
     /// One round of background writeback; gives pages written.

@@ -12,6 +12,7 @@
 //! | `write` | writing into folios: in place, to a copy, or to a new folio |
 //! | `writeback` `flusher` `throttle` | dirty runs to new homes; when; and how writers are slowed |
 //! | `queues` `reclaim` | which folio to evict; memory for whoever needs it |
+//! | `resize` | less memory, or what there was at first, while it is used |
 //!
 //! # Rules
 //!
@@ -49,6 +50,7 @@ mod read_data;
 mod readahead;
 mod reclaim;
 mod refcount;
+mod resize;
 mod space;
 mod stats;
 mod sync;
@@ -65,6 +67,7 @@ pub use read::ReadDone;
 pub use read_data::ReadData;
 pub use readahead::ReadaheadState;
 pub use reclaim::LANDING_BYTES;
+pub use resize::ResizeError;
 pub use space::{AddressSpace, WriteOutcome, WriteResult};
 pub use stats::CacheStats;
 pub use units::PageRange;

@@ -19,9 +19,13 @@ pub(crate) fn run(arena: &Arc<Arena>, stop: &AtomicBool) {
     let mut page = 0;
     while page < arena.pages() && !stop.load(Ordering::Relaxed) {
         let count = PIECE_PAGES.min(arena.pages() - page);
-        if let Err(error) = arena.populate(page, count) {
-            log::debug!("cache memory is not touched ahead: {error}");
-            return;
+        match arena.populate(page, count) {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(error) => {
+                log::debug!("cache memory is not touched ahead: {error}");
+                return;
+            }
         }
         page += count;
     }

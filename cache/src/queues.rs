@@ -52,7 +52,7 @@ struct Lists {
 
 pub(crate) struct Queues {
     lists: Mutex<Lists>,
-    small_pages_max: u64,
+    small_pages_max: AtomicU64,
     ghosts: Ghosts,
 }
 
@@ -86,9 +86,16 @@ impl Queues {
                 free: 0,
                 lists: [empty; 2],
             }),
-            small_pages_max: u64::from(pages) / SMALL_SHARE,
+            small_pages_max: AtomicU64::new(u64::from(pages) / SMALL_SHARE),
             ghosts: Ghosts::new(pages),
         }
+    }
+
+    /// The shares are parts of so many pages, no more than there were at first.
+    pub fn set_pages(&self, pages: u32) {
+        let (pages, order) = (u64::from(pages), Ordering::Relaxed);
+        self.small_pages_max.store(pages / SMALL_SHARE, order);
+        self.ghosts.age_max.store(pages, order);
     }
 
     /// A parked node for a new folio.
@@ -144,12 +151,12 @@ impl Queues {
     pub fn take_oldest(&self) -> Option<Candidate> {
         let mut lists = self.lists.lock();
         let [small, main] = lists.lists;
-        let from =
-            if small.tail != NONE && (small.pages > self.small_pages_max || main.tail == NONE) {
-                Queue::Small
-            } else {
-                Queue::Main
-            };
+        let small_max = self.small_pages_max.load(Ordering::Relaxed);
+        let from = if small.tail != NONE && (small.pages > small_max || main.tail == NONE) {
+            Queue::Small
+        } else {
+            Queue::Main
+        };
         let slot = lists.lists[from as usize].tail;
         if slot == NONE {
             return None;
@@ -216,7 +223,7 @@ impl Lists {
 struct Ghosts {
     table: Box<[AtomicU64]>,
     evicted: AtomicU64,
-    age_max: u64,
+    age_max: AtomicU64,
 }
 
 impl Ghosts {
@@ -225,7 +232,7 @@ impl Ghosts {
         Self {
             table: (0..slots).map(|_| AtomicU64::new(0)).collect(),
             evicted: AtomicU64::new(1),
-            age_max: u64::from(pages),
+            age_max: AtomicU64::new(u64::from(pages)),
         }
     }
 
@@ -253,7 +260,8 @@ impl Ghosts {
         }
         self.table[slot].store(0, Ordering::Relaxed);
         let now = self.evicted.load(Ordering::Relaxed) & 0xffff_ffff;
-        now.wrapping_sub(entry & 0xffff_ffff) & 0xffff_ffff <= self.age_max
+        let age = now.wrapping_sub(entry & 0xffff_ffff) & 0xffff_ffff;
+        age <= self.age_max.load(Ordering::Relaxed)
     }
 }
 

@@ -148,7 +148,7 @@ impl AddressSpace {
         counters.hits.add(1);
         counters.hit_bytes.add(len as u64);
         if let Some(pages) = PageRange::covering(offset, len as u64)
-            && let Some(ahead) = ra.access(pages, None, self.cache.readahead_pages_max)
+            && let Some(ahead) = ra.access(pages, None, self.cache.readahead_pages_max())
         {
             self.read_ahead(ahead);
         }
@@ -202,7 +202,7 @@ impl AddressSpace {
             readahead: false,
             room_min: 0,
         };
-        let ahead = ra.access(pages, Some(eof_bytes), self.cache.readahead_pages_max);
+        let ahead = ra.access(pages, Some(eof_bytes), self.cache.readahead_pages_max());
         self.request(pages, offset, len, options, done);
         if let Some(ahead) = ahead {
             self.read_ahead(ahead);

@@ -51,7 +51,7 @@ impl Cache {
         };
         let free = u64::from(self.arena.free_pages().saturating_sub(keep));
         if free < pages {
-            self.evict(pages - free + ROOM_EXTRA.min(u64::from(self.arena.pages()) / 32));
+            self.evict(pages - free + ROOM_EXTRA.min(u64::from(self.arena.usable_pages()) / 32));
         }
     }
 
@@ -126,7 +126,7 @@ impl Cache {
     /// [`AddressSpace::adopt`]: crate::AddressSpace::adopt
     pub fn alloc_private_at(&self, page: u64, len: usize) -> Option<FrameVec> {
         let pages = len.div_ceil(PAGE_SIZE) as u64;
-        if pages == 0 || pages > u64::from(self.arena.pages()) / PRIVATE_SHARE {
+        if pages == 0 || pages > u64::from(self.arena.usable_pages()) / PRIVATE_SHARE {
             return None;
         }
         let deadline = Instant::now() + MEMORY_WAIT_MAX;

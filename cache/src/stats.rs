@@ -82,8 +82,10 @@ pub(crate) struct Counters {
 /// What the cache has done since it was made, and what it holds now.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 pub struct CacheStats {
-    /// Memory of the arena.
+    /// Memory of the cache.
     pub size_bytes: u64,
+    /// What it was made with, and the most that it can have.
+    pub size_bytes_max: u64,
     /// Of it, free.
     pub free_bytes: u64,
     /// Of the free part, kept for metadata.

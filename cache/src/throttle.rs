@@ -25,8 +25,10 @@ const RATE_FIRST: u64 = 500 << 20;
 const RATE_MIN: u64 = 1 << 20;
 
 pub(crate) struct Throttle {
-    pub background_pages: u64,
-    pub hard_pages: u64,
+    background_percent: u8,
+    hard_percent: u8,
+    background_pages: AtomicU64,
+    hard_pages: AtomicU64,
     /// Bytes per second that writeback makes when it is busy.
     rate: AtomicU64,
     /// Pages dirtied up to the last charge, by the cache's total.
@@ -38,16 +40,37 @@ pub(crate) struct Throttle {
 
 impl Throttle {
     pub fn new(config: &CacheConfig, arena_pages: u32) -> Self {
-        let percent = |part: u8| u64::from(arena_pages) * u64::from(part.min(90)) / 100;
-        let background_pages = percent(config.dirty_background_percent);
-        Self {
-            background_pages,
-            hard_pages: percent(config.dirty_hard_percent).max(background_pages + 2),
+        let throttle = Self {
+            background_percent: config.dirty_background_percent,
+            hard_percent: config.dirty_hard_percent,
+            background_pages: AtomicU64::new(0),
+            hard_pages: AtomicU64::new(0),
             rate: AtomicU64::new(RATE_FIRST),
             charged: AtomicU64::new(0),
             dirtied: AtomicU64::new(0),
             clock: Mutex::new(Instant::now()),
-        }
+        };
+        throttle.set_pages(arena_pages);
+        throttle
+    }
+
+    /// The limits are parts of so many pages.
+    pub fn set_pages(&self, pages: u32) {
+        let percent = |part: u8| u64::from(pages) * u64::from(part.min(90)) / 100;
+        let background = percent(self.background_percent);
+        let hard = percent(self.hard_percent).max(background + 2);
+        self.background_pages.store(background, Ordering::Relaxed);
+        self.hard_pages.store(hard, Ordering::Relaxed);
+    }
+
+    /// Dirty pages from which the flushers work.
+    pub fn background_pages(&self) -> u64 {
+        self.background_pages.load(Ordering::Relaxed)
+    }
+
+    /// Dirty pages at which writers wait.
+    pub fn hard_pages(&self) -> u64 {
+        self.hard_pages.load(Ordering::Relaxed)
     }
 
     pub fn rate(&self) -> u64 {
@@ -82,9 +105,10 @@ impl Throttle {
 
     /// How long a writer pauses with `unclean` pages dirty or in writeback, `dirtied` of them new.
     fn pause(&self, unclean: u64, dirtied: u64) -> Duration {
-        let setpoint = (self.background_pages + self.hard_pages) / 2;
+        let hard = self.hard_pages();
+        let setpoint = (self.background_pages() + hard) / 2;
         let over = unclean.saturating_sub(setpoint);
-        let span = (self.hard_pages - setpoint).max(1);
+        let span = hard.saturating_sub(setpoint).max(1);
         let nanos = u128::from(dirtied * PAGE) * 1_000_000_000 / u128::from(self.rate());
         let nanos = nanos * 2 * u128::from(over) / u128::from(span);
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
@@ -106,14 +130,14 @@ impl Cache {
     pub fn balance_dirty(&self) {
         let throttle = &self.throttle;
         let unclean = self.unclean_pages();
-        if unclean <= throttle.background_pages {
+        if unclean <= throttle.background_pages() {
             return;
         }
         if self.is_over_background() {
             self.flush_signal.kick();
         }
         let dirtied = throttle.take_dirtied();
-        let cost = throttle.pause(unclean.min(throttle.hard_pages), dirtied);
+        let cost = throttle.pause(unclean.min(throttle.hard_pages()), dirtied);
         if cost.is_zero() {
             return;
         }
@@ -125,7 +149,7 @@ impl Cache {
         let deadline = began + HARD_WAIT_MAX;
         loop {
             let ticket = self.flush_signal.progress.ticket();
-            let over = self.unclean_pages() >= throttle.hard_pages;
+            let over = self.unclean_pages() >= throttle.hard_pages();
             if !over || self.is_stopped() || Instant::now() >= deadline {
                 break;
             }
@@ -151,7 +175,7 @@ mod tests {
     fn no_pause_up_to_the_middle_then_growing() {
         let throttle = throttle();
         assert_eq!(
-            (throttle.background_pages, throttle.hard_pages),
+            (throttle.background_pages(), throttle.hard_pages()),
             (10_000, 40_000)
         );
         assert!(throttle.pause(25_000, 256).is_zero());

@@ -152,7 +152,7 @@ impl<'a> Writer<'a> {
 
     /// Takes up to `pages_max` dirty pages of `range` under way; gives how many there were.
     pub fn write_back(&mut self, pass: &Arc<Pass>, range: PageRange, pages_max: u64) -> u64 {
-        let group_max = GROUP_PAGES_MAX.min(u64::from(self.cache.arena.pages()) / 16);
+        let group_max = GROUP_PAGES_MAX.min(u64::from(self.cache.arena.usable_pages()) / 16);
         let (mut from, mut total) = (range.start, 0);
         while total < pages_max {
             let room = (group_max - self.open.pages).min(pages_max - total);
@@ -196,7 +196,7 @@ impl<'a> Writer<'a> {
             placements,
             crcs,
         });
-        let group_max = GROUP_PAGES_MAX.min(u64::from(self.cache.arena.pages()) / 16);
+        let group_max = GROUP_PAGES_MAX.min(u64::from(self.cache.arena.usable_pages()) / 16);
         if self.open.pages >= group_max || self.open.batches.len() >= GROUP_BATCHES_MAX {
             self.submit();
         }

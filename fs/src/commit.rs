@@ -191,7 +191,7 @@ impl FileSystem {
         // A device that did not answer when a commit was due, so that it is told once.
         let mut silent = None;
         loop {
-            let deadline = Instant::now() + self.options.commit_interval;
+            let deadline = Instant::now() + self.commit_interval();
             let mut state = committer.state.lock();
             while !state.stop && state.wanted <= state.closed {
                 if committer
@@ -207,8 +207,11 @@ impl FileSystem {
             }
             let asked = state.wanted > state.closed;
             drop(state);
-            self.meta.mend_now();
-            if !self.is_read_only() && (asked || self.is_changed()) {
+            let may_commit = self.freezer.begin_commit();
+            if may_commit.is_some() {
+                self.meta.mend_now();
+            }
+            if may_commit.is_some() && !self.is_read_only() && (asked || self.is_changed()) {
                 let now_silent = self.commit_or_refuse();
                 if let Some(device) = now_silent.filter(|_| silent != now_silent) {
                     let name = self.volume.device_name(device);
@@ -218,6 +221,7 @@ impl FileSystem {
             } else {
                 self.end_empty();
             }
+            drop(may_commit);
             if swept.elapsed() >= SWEEP_INTERVAL {
                 self.inodes.sweep();
                 swept = Instant::now();

@@ -208,7 +208,7 @@ impl FileSystem {
         let inode = self.inode(ino)?;
         crate::flags::check_open(&inode.state.lock().attr, flags)?;
         if may_write(flags) {
-            self.check_writable()?;
+            self.check_may_write()?;
         }
         Ok(self.open_inode(&inode, flags))
     }

@@ -6,6 +6,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use braidfs_blockdev::Volume;
 use braidfs_cache::{Cache, CacheConfig};
@@ -13,6 +14,7 @@ use parking_lot::{Mutex, RwLock};
 
 use crate::alloc::{Allocator, SpaceStats};
 use crate::commit::{Committer, TxgStats};
+use crate::freeze::Freezer;
 use crate::inode::{Inode, InodeTable};
 use crate::meta::backend::MetaFile;
 use crate::meta::mirrors::MetaStats;
@@ -33,6 +35,9 @@ pub enum MountError {
     /// The metadata store is damaged or unreadable.
     #[error("metadata store: {0}; run 'braidfs fsck -n' on the devices")]
     Metadata(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// Nothing may change now.
+    #[error("the file system is frozen; 'braidfs control MOUNTPOINT thaw' ends that")]
+    Frozen,
     /// Not enough memory or threads.
     #[error("cannot set up: {0}")]
     System(#[from] std::io::Error),
@@ -83,10 +88,13 @@ pub struct FileSystem {
     /// Held shared while written blocks are mapped, exclusively while a group is frozen.
     pub(crate) mapping: RwLock<()>,
     pub(crate) committer: Committer,
+    pub(crate) freezer: Arc<Freezer>,
     pub(crate) reclaimer: Reclaimer,
     pub(crate) scrubber: Scrubber,
     /// Mounted read-only, and not made writable since.
     read_only: AtomicBool,
+    /// How often what changed is committed at least, in milliseconds.
+    commit_millis: AtomicU64,
     /// Held to change that.
     remounting: Mutex<()>,
     /// A commit failed: nothing may change any more.
@@ -113,6 +121,10 @@ pub struct FsStats {
     pub cache: braidfs_cache::CacheStats,
     /// The volume and its devices.
     pub volume: braidfs_blockdev::VolumeStats,
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1)
 }
 
 /// Makes an empty file system on a freshly formatted volume.
@@ -211,6 +223,7 @@ impl FileSystem {
         };
         let (next_ino, inode_count) = (number(SETTING_NEXT_INO)?, number(SETTING_INODE_COUNT)?);
         let read_only = AtomicBool::new(options.read_only);
+        let commit_millis = AtomicU64::new(millis(options.commit_interval));
         let scrubber = Scrubber::default();
         store.get(Table::Settings, SETTING_SCRUB, |value| scrubber.load(value))?;
         let fs = Arc::new_cyclic(|me| Self {
@@ -232,9 +245,11 @@ impl FileSystem {
             rename: Mutex::default(),
             mapping: RwLock::default(),
             committer: Committer::default(),
+            freezer: Arc::default(),
             reclaimer: Reclaimer::default(),
             scrubber,
             read_only,
+            commit_millis,
             remounting: Mutex::default(),
             failed: AtomicBool::new(false),
             unmounted: AtomicBool::new(false),
@@ -274,6 +289,7 @@ impl FileSystem {
         if self.unmounted.swap(true, Ordering::SeqCst) {
             return Ok(());
         }
+        self.thaw_at_end();
         self.end_scrubs();
         if !self.is_read_only() {
             if let Err(error) = self.release_orphans() {
@@ -301,6 +317,7 @@ impl FileSystem {
     /// durable is lost.
     pub fn abandon(&self) {
         if !self.unmounted.swap(true, Ordering::SeqCst) {
+            self.thaw_at_end();
             self.stop();
         }
     }
@@ -358,7 +375,7 @@ impl FileSystem {
     }
 
     /// Whether it is mounted read-only.
-    pub(crate) fn is_read_only(&self) -> bool {
+    pub fn is_read_only(&self) -> bool {
         self.read_only.load(Ordering::Acquire)
     }
 
@@ -374,6 +391,9 @@ impl FileSystem {
         if !self.is_read_only() {
             return Ok(());
         }
+        if self.freezer.holds() {
+            return Err(MountError::Frozen);
+        }
         self.volume.make_writable()?;
         self.store.reopen(|| {
             self.meta.begin_again_to_write()?;
@@ -383,8 +403,14 @@ impl FileSystem {
         Ok(self.adopt_orphans()?)
     }
 
-    /// `ROFS` where nothing may change.
+    /// locks and without a pass.
     pub(crate) fn check_writable(&self) -> Result<(), Errno> {
+        self.freezer.wait_open();
+        self.check_may_write()
+    }
+
+    /// The same without a wait.
+    pub(crate) fn check_may_write(&self) -> Result<(), Errno> {
         if self.is_read_only() || self.failed.load(Ordering::Relaxed) {
             return Err(Errno::ROFS);
         }
@@ -459,10 +485,35 @@ impl FileSystem {
         self.commit_now()
     }
 
+    /// How often what changed is committed at least.
+    pub fn commit_interval(&self) -> Duration {
+        Duration::from_millis(self.commit_millis.load(Ordering::Relaxed))
+    }
+
+    /// Changes that, from the next commit on, which is soon.
+    pub fn set_commit_interval(&self, interval: Duration) {
+        self.commit_millis
+            .store(millis(interval), Ordering::Relaxed);
+        self.committer.nudge();
+    }
+
+    /// The page cache, for its size.
+    pub fn cache(&self) -> &Arc<Cache> {
+        &self.cache
+    }
+
+    /// Gives the file system another label.
+    pub fn set_label(&self, text: &str) -> Result<(), MountError> {
+        if self.freezer.holds() {
+            return Err(MountError::Frozen);
+        }
+        Ok(self.volume.set_label(text)?)
+    }
+
     /// Counters.
     pub fn stats(&self) -> FsStats {
         FsStats {
-            read_only: self.check_writable().is_err(),
+            read_only: self.check_may_write().is_err(),
             txg: self.committer.stats(),
             space: self.space.stats(),
             inodes_in_memory: self.inodes.count(),

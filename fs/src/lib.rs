@@ -20,6 +20,7 @@ mod file;
 mod file_ranges;
 mod filesystem;
 mod flags;
+mod freeze;
 pub mod fsck;
 pub mod fuse;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -49,6 +50,7 @@ pub use flags::{
     FLAG_APPEND, FLAG_DIRSYNC, FLAG_IMMUTABLE, FLAG_NOATIME, FLAG_NODUMP, FLAG_NOTAIL, FLAG_SYNC,
     FLAGS_KNOWN,
 };
+pub use freeze::{FreezeError, ThawJob};
 pub use meta::mirrors::MetaStats;
 pub use options::*;
 pub use types::*;

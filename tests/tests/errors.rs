@@ -32,6 +32,7 @@ fn main() -> ExitCode {
             Test::new("of_umount", 60, |env| all(env, UMOUNT)),
             Test::new("of_fsck_and_scrub", 120, |env| all(env, FSCK)),
             Test::new("of_those_that_only_look", 60, |env| all(env, LOOK)),
+            Test::new("of_control_and_label", 60, |env| all(env, CONTROL)),
             Test::new("of_a_dead_mount", 60, dead),
             Test::new("of_devices_that_cannot_be_written", 60, protected),
             Test::new("without_fuse", 60, without_fuse),
@@ -360,6 +361,11 @@ const LOOK: &[Row] = &[
     ("stats", 1, "<mountpoint>"),
     ("stats {folder}", 1, "{folder}: not mounted"),
     ("stats /proc", 1, "/proc: is not a braidfs mount but proc"),
+    ("stats -i 0 {mnt}", 1, "expected seconds from 0.1 to 86400"),
+    ("stats -i soon {mnt}", 1, "expected seconds from 0.1"),
+    ("stats -c 3 {mnt}", 1, "--interval"),
+    ("stats -i 1 -c 0 {mnt}", 1, "'0'"),
+    ("stats -i 1 {folder}", 1, "{folder}: not mounted"),
     ("doctor", 16, "<mountpoint|dev>"),
     ("doctor {v0}:", 16, "a device name is empty"),
     ("doctor {none}", 8, "{none}: no such file"),
@@ -368,6 +374,67 @@ const LOOK: &[Row] = &[
     ("probe {v0}:", 4, "a device name is empty"),
     ("probe {none}", 2, "{none}: label cannot be read"),
     ("probe {damaged}", 2, "{damaged}: label is damaged"),
+];
+
+const CONTROL: &[Row] = &[
+    ("control", 1, "<mountpoint>"),
+    ("control {mnt}", 1, "<action>"),
+    ("control {mnt} dance", 1, "'dance'"),
+    ("control {folder} get", 1, "{folder}: not mounted"),
+    (
+        "control /proc get",
+        1,
+        "/proc: is not a braidfs mount but proc",
+    ),
+    ("control {mnt} thaw", 1, "{mnt}: is not frozen"),
+    ("control {mnt} thaw now", 1, "'now' belongs to set"),
+    (
+        "control {mnt} sync --timeout 5",
+        1,
+        "--timeout belongs to freeze",
+    ),
+    ("control {mnt} sync --json", 1, "--json belongs to get"),
+    ("control {mnt} freeze --timeout 0", 1, "1..=3600"),
+    ("control {mnt} set", 1, "set needs a setting"),
+    (
+        "control {mnt} set threads=3",
+        1,
+        "unknown setting 'threads'; there are cache_size, commit and log",
+    ),
+    (
+        "control {mnt} set commit=301",
+        1,
+        "setting 'commit=301': expected seconds from 1 to 300",
+    ),
+    (
+        "control {mnt} set cache_size",
+        1,
+        "setting 'cache_size': expected a size",
+    ),
+    (
+        "control {mnt} set cache_size=1M",
+        1,
+        "{mnt}: cache_size: 1 mib is less than the least",
+    ),
+    (
+        "control {mnt} set cache_size=1G",
+        1,
+        "{mnt}: cache_size: 1 gib is more than the 16 mib",
+    ),
+    (
+        "control {mnt} set log=loud",
+        1,
+        "setting 'log=loud': expected error, warn",
+    ),
+    ("label", 1, "<mountpoint|dev>"),
+    ("label {v0}:", 1, "a device name is empty"),
+    ("label {none}", 1, "{none}: no such file"),
+    ("label {file} x", 1, "{file}: is not a braidfs device"),
+    ("label {v0} {long}", 1, "label: 65 bytes; at most 64"),
+    ("label {v0} a\tb", 1, "label: has a control character"),
+    ("label {lone} x", 1, "member number 1 of 2 is missing"),
+    ("label {m0} x", 1, "it is mounted on {mnt}"),
+    ("label /proc x", 1, "/proc"),
 ];
 
 /// What the rows talk about.

@@ -10,10 +10,12 @@ use braidfs_tests::command::Cmd;
 use braidfs_tests::env::{Env, Outcome, project_root};
 use braidfs_tests::runner::{self, Test};
 
-const VERBS: [(&str, u8); 9] = [
+const VERBS: [(&str, u8); 11] = [
+    ("control", 8),
     ("doctor", 1),
     ("fsck", 8),
     ("info", 1),
+    ("label", 8),
     ("mkfs", 8),
     ("mount", 8),
     ("probe", 1),

@@ -31,7 +31,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{Sender, SyncSender, sync_channel};
 use std::time::Duration;
 
 /// Requests with the kernel at once, and entries of the ring: the queue's depth, flushes and
@@ -46,6 +46,8 @@ const AGAIN_MAX: u32 = 1000;
 enum Mail {
     Request(DeviceRequest),
     Memory(PageRun),
+    /// Nothing is to be registered any more.
+    Forget(Sender<()>),
 }
 
 struct Shared {
@@ -176,6 +178,10 @@ impl BlockDevice for UringDevice {
     fn register_memory(&self, arena: PageRun) {
         self.post(std::iter::once(Mail::Memory(arena)));
     }
+
+    fn forget_memory(&self, done: Sender<()>) {
+        self.post(std::iter::once(Mail::Forget(done)));
+    }
 }
 
 impl Drop for UringDevice {
@@ -199,6 +205,8 @@ struct Slot {
     iovecs: Vec<iovec>,
     done: u64,
     again: u32,
+    /// Its entry names registered memory.
+    is_fixed: bool,
 }
 
 struct Ring {
@@ -208,6 +216,8 @@ struct Ring {
     fixed_file: bool,
     fixed_vectors: bool,
     fixed: Option<FixedMemory>,
+    /// Who waits until no registered memory is in use, and then is unregistered.
+    forgetting: Vec<Sender<()>>,
     slots: Vec<Slot>,
     free: Vec<usize>,
     /// Requests that wait for a slot.
@@ -269,6 +279,7 @@ impl Ring {
             shared,
             ring,
             fixed: None,
+            forgetting: Vec::new(),
             backlog: VecDeque::new(),
             ready: VecDeque::new(),
             ended: VecDeque::new(),
@@ -310,23 +321,27 @@ impl Ring {
 
     fn take_mail(&mut self) {
         let mut memory = None;
-        let backlog = &mut self.backlog;
+        let (backlog, forgetting) = (&mut self.backlog, &mut self.forgetting);
         self.shared.mailbox.take(|mail| {
             for item in mail {
                 match item {
                     Mail::Request(request) => backlog.push_back(request),
                     Mail::Memory(arena) => memory = Some(arena),
+                    Mail::Forget(done) => forgetting.push(done),
                 }
             }
         });
         if let Some(arena) = memory {
             self.adopt_memory(arena);
         }
+        if !self.forgetting.is_empty() {
+            self.forget_memory();
+        }
         while !self.backlog.is_empty() {
             let Some(index) = self.free.pop() else { return };
             let slot = &mut self.slots[index];
             slot.request = self.backlog.pop_front();
-            (slot.done, slot.again) = (0, 0);
+            (slot.done, slot.again, slot.is_fixed) = (0, 0, false);
             self.ready.push_back(index);
         }
     }
@@ -375,7 +390,9 @@ impl Ring {
                 slot.iovecs.truncate(IOV_MAX);
                 let single = slot.iovecs.len() == 1;
                 let fixed = self.fixed.as_mut().filter(|_| single || self.fixed_vectors);
+                let fixed = fixed.filter(|_| self.forgetting.is_empty());
                 let fixed = fixed.and_then(|fixed| fixed.index_of(&slot.iovecs, &self.ring));
+                slot.is_fixed = fixed.is_some();
                 target.transfer(op == Op::Write, offset, &slot.iovecs, fixed)
             }
         };
@@ -432,9 +449,26 @@ impl Ring {
             }
         };
         let request = slot.request.take();
+        slot.is_fixed = false;
         self.free.push(index);
         if let Some(request) = request {
             request.end(verdict);
+        }
+    }
+
+    /// Once no entry names registered memory, there is none.
+    fn forget_memory(&mut self) {
+        if self.slots.iter().any(|slot| slot.is_fixed) {
+            return;
+        }
+        if self.fixed.take().is_some()
+            && let Err(error) = self.ring.submitter().unregister_buffers()
+        {
+            log::warn!("{}: unregistering buffers: {error}", self.shared.file.name);
+        }
+        for done in self.forgetting.drain(..) {
+            // Nobody may wait for it any more.
+            done.send(()).unwrap_or_default();
         }
     }
 

@@ -28,7 +28,7 @@ impl Volume {
         });
         VolumeInfo {
             uuid: uuid_text(&self.identity.fs_uuid),
-            label: self.identity.text.clone(),
+            label: self.label_text(),
             generation,
             stripe_unit_bytes: self.identity.stripe_unit_bytes,
             was_clean: self.was_clean,

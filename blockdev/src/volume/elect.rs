@@ -148,7 +148,7 @@ pub(super) fn elect(devices: Vec<Device>) -> Result<Elected, VolumeError> {
     let reference = newest_label.expect("at least one member").clone();
     let identity = Identity {
         fs_uuid: reference.fs_uuid,
-        text: reference.text.clone(),
+        text: reference.text.clone().into(),
         stripe_unit_bytes: reference.stripe_unit_bytes,
         ro_compat: members
             .iter()

@@ -14,12 +14,14 @@ use crate::label::{LABEL_LEN, LABEL_OFFSETS, Label, TABLE_OFFSETS, slot_of};
 use crate::pages::AlignedBuf;
 use crate::table::Table;
 use crate::units::{BLOCK_SIZE, dev_len};
+use parking_lot::RwLock;
 
 /// What all labels of a volume have in common, and each member's own part, by index.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct Identity {
     pub fs_uuid: [u8; 16],
-    pub text: String,
+    /// What the user calls the file system. Changes under the lock of what is durable.
+    pub text: RwLock<String>,
     pub stripe_unit_bytes: u32,
     pub ro_compat: u64,
     pub device_uuids: Vec<[u8; 16]>,
@@ -44,7 +46,7 @@ impl Identity {
             is_clean: state.is_clean,
             table_len: u32::try_from(state.table_bytes.len()).expect("bounded by TABLE_LEN_MAX"),
             table_crc: state.table_crc,
-            text: self.text.clone(),
+            text: self.text.read().clone(),
         }
     }
 

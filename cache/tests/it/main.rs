@@ -6,4 +6,5 @@ mod faults;
 mod harness;
 mod model;
 mod policy;
+mod resize;
 mod stress;

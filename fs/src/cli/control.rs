@@ -3,22 +3,31 @@
 //! It lies in a private directory of whoever mounted, named by the device number of the mount, and
 //! speaks lines:
 //!
-//! | line | answer |
+//! | line | answer, if not `error TEXT` |
 //! | --- | --- |
 //! | `stats` | one line of JSON |
-//! | `writable` | `ok` or `error TEXT`: a file system that was mounted read-only goes on writing |
+//! | `sample` | the same with the time, histograms of requests, and the slowest of them now |
+//! | `writable` | `ok`: a file system that was mounted read-only goes on writing |
+//! | `get`, `set JSON` | what can be changed, as JSON; `ok` |
+//! | `freeze SECONDS`, `thaw` | `ok`: everything is durable and stays as it is; changes go on |
+//! | `sync`, `drop-caches` | `ok` |
+//! | `label JSON` | `ok`: the file system has this label, a string |
 //! | `scrub status` | one line of JSON |
-//! | `scrub start MODE RATE` | `ok` or `error TEXT`; MODE: `repair`, `look`; RATE: bytes/s or `-` |
+//! | `scrub start MODE RATE` | `ok`; MODE: `repair`, `look`; RATE: bytes/s or `-` |
 //! | `scrub resume MODE RATE` | the same, of one that was paused |
-//! | `scrub pause`, `scrub cancel` | `ok` or `error TEXT` |
-//! | `wait` | `waiting` at once; `ok` or `error TEXT` when the daemon has ended after an unmount |
+//! | `scrub pause`, `scrub cancel` | `ok` |
+//! | `wait` | `waiting` at once; `ok` when the daemon has ended after an unmount |
+//!
 //!
 //! A device number belongs to one mount at a time, so whatever lies at its path when a mount begins
 //! is left over from an earlier one.
 
+mod answer;
+mod client;
+
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, Permissions};
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -30,15 +39,15 @@ use log::debug;
 use parking_lot::{Condvar, Mutex};
 
 use crate::fuse::MountHandle;
-use crate::fuse::mounts::MountEntry;
-use crate::scrub::ScrubOptions;
-use crate::{Errno, FileSystem};
+use answer::answer;
+pub use answer::{Settings, scrub_refusal};
+pub use client::{Patience, Waiting, ask, connect, reach, told};
 
 /// Most connections at a time.
 const CONNECTIONS_MAX: usize = 64;
 
-/// Longest line that is read.
-const LINE_BYTES_MAX: u64 = 64;
+/// Longest line that is read: a label, with each of its bytes escaped, and to spare.
+const LINE_BYTES_MAX: u64 = 1024;
 
 /// How long a peer may take for its part.
 const PEER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -102,6 +111,11 @@ impl ControlServer {
             identity: (meta.dev(), meta.ino()),
             state,
         })
+    }
+
+    /// For others that look at the mount.
+    pub fn live_mount(&self) -> LiveMount {
+        LiveMount(Arc::clone(&self.state))
     }
 
     /// The session has ended: no new connections, no more statistics; those who wait go on waiting.
@@ -179,6 +193,17 @@ fn accept_all(listener: &UnixListener, state: &Arc<State>) {
     }
 }
 
+/// The mount for as long as it is served.
+#[derive(Clone)]
+pub struct LiveMount(Arc<State>);
+
+impl LiveMount {
+    /// None when the session has ended.
+    pub fn get(&self) -> Option<MountHandle> {
+        self.0.inner.lock().mount.clone()
+    }
+}
+
 impl State {
     fn left(&self) {
         self.inner.lock().connections -= 1;
@@ -203,84 +228,6 @@ impl State {
             }
         }
     }
-}
-
-fn answer(stream: &UnixStream, state: &State) -> io::Result<()> {
-    stream.set_read_timeout(Some(PEER_TIMEOUT))?;
-    stream.set_write_timeout(Some(PEER_TIMEOUT))?;
-    let mut line = String::new();
-    BufReader::new(stream.take(LINE_BYTES_MAX)).read_line(&mut line)?;
-    let mut out = stream;
-    match line.trim_end() {
-        "stats" => {
-            let mount = state.inner.lock().mount.clone();
-            match mount {
-                Some(mount) => writeln!(out, "{}", mount.stats()),
-                None => write_error(out, "the file system is being unmounted"),
-            }
-        }
-        "writable" => {
-            let mount = state.inner.lock().mount.clone();
-            let made = mount.map(|mount| mount.file_system().make_writable());
-            match made {
-                Some(Ok(())) => writeln!(out, "ok"),
-                Some(Err(error)) => write_error(out, &error.to_string()),
-                None => write_error(out, "the file system is being unmounted"),
-            }
-        }
-        line if line.starts_with("scrub ") => {
-            let mount = state.inner.lock().mount.clone();
-            match mount {
-                Some(mount) => answer_scrub(out, mount.file_system(), line),
-                None => write_error(out, "the file system is being unmounted"),
-            }
-        }
-        "wait" => {
-            writeln!(out, "waiting")?;
-            match state.wait(stream)? {
-                Some(Ok(())) => writeln!(out, "ok"),
-                Some(Err(text)) => write_error(out, &text),
-                None => Ok(()),
-            }
-        }
-        _ => write_error(out, "unknown command"),
-    }
-}
-
-fn answer_scrub(mut out: &UnixStream, fs: &FileSystem, line: &str) -> io::Result<()> {
-    let words: Vec<&str> = line.split(' ').skip(1).collect();
-    let done = match words[..] {
-        ["status"] => {
-            let status = serde_json::to_string(&fs.scrub_status())?;
-            return writeln!(out, "{status}");
-        }
-        ["pause"] => fs.scrub_pause(),
-        ["cancel"] => fs.scrub_cancel(),
-        [verb @ ("start" | "resume"), mode, rate] => fs.scrub_start(ScrubOptions {
-            rate_bytes: rate.parse().ok(),
-            no_repair: mode == "look",
-            resume: verb == "resume",
-            since_mount: false,
-        }),
-        _ => return write_error(out, "unknown command"),
-    };
-    match done {
-        Ok(()) => writeln!(out, "ok"),
-        Err(errno) => write_error(out, &scrub_refusal(errno)),
-    }
-}
-
-/// Why a scrub was not begun, paused, resumed or canceled.
-pub fn scrub_refusal(errno: Errno) -> String {
-    match errno {
-        Errno::BUSY => "a scrub is under way; 'braidfs scrub --status' shows it".to_owned(),
-        Errno::INVAL => "there is no scrub to pause, resume or cancel".to_owned(),
-        errno => errno.to_string(),
-    }
-}
-
-fn write_error(mut out: &UnixStream, text: &str) -> io::Result<()> {
-    writeln!(out, "error {}", text.replace('\n', " "))
 }
 
 fn socket_name((major, minor): (u32, u32)) -> String {
@@ -342,119 +289,6 @@ fn is_private(directory: &Path, uid: u32) -> io::Result<bool> {
     Ok(meta.is_dir() && meta.uid() == uid && meta.mode() & 0o077 == 0)
 }
 
-/// Connects to the daemon of a mount; `None` when there is none.
-pub fn connect(entry: &MountEntry) -> Option<UnixStream> {
-    let uid = entry.user_id()?;
-    directories(uid).iter().find_map(|directory| {
-        if !is_private(directory, uid).unwrap_or(false) {
-            return None;
-        }
-        UnixStream::connect(directory.join(socket_name(entry.dev))).ok()
-    })
-}
-
-/// Asks the daemon of a mount for its statistics.
-pub fn request_stats(stream: &UnixStream) -> io::Result<String> {
-    stream.set_read_timeout(Some(PEER_TIMEOUT))?;
-    let mut out = stream;
-    writeln!(out, "stats")?;
-    read_line(&mut BufReader::new(stream))
-}
-
-/// Says `words` about a scrub to the daemon of a mount; gives its answer.
-pub fn request_scrub(stream: &UnixStream, words: &str) -> io::Result<String> {
-    stream.set_read_timeout(Some(PEER_TIMEOUT))?;
-    let mut out = stream;
-    writeln!(out, "scrub {words}")?;
-    read_line(&mut BufReader::new(stream))
-}
-
-/// Has the daemon of a read-only mount go on writing. The inner error is the daemon's.
-pub fn request_writable(stream: &UnixStream) -> io::Result<Result<(), String>> {
-    // Recovery after a crash, and what was being deleted then, may take a while.
-    stream.set_read_timeout(None)?;
-    let mut out = stream;
-    writeln!(out, "writable")?;
-    let line = read_line(&mut BufReader::new(stream))?;
-    Ok(match line.strip_prefix("error ") {
-        Some(text) => Err(text.to_owned()),
-        None => Ok(()),
-    })
-}
-
-/// A connection on which the daemon will say how the unmount went.
-pub struct Waiting {
-    reader: BufReader<UnixStream>,
-}
-
-impl Waiting {
-    /// Asks; returns when the daemon knows that somebody waits.
-    pub fn begin(stream: UnixStream) -> io::Result<Self> {
-        stream.set_read_timeout(Some(PEER_TIMEOUT))?;
-        let mut out = &stream;
-        writeln!(out, "wait")?;
-        let mut reader = BufReader::new(stream);
-        let line = read_line(&mut reader)?;
-        if line != "waiting" {
-            return Err(io::Error::new(ErrorKind::InvalidData, "unexpected answer"));
-        }
-        Ok(Self { reader })
-    }
-
-    /// Waits until the daemon has finished. It takes as long as writing everything back takes; if
-    /// the daemon dies, the connection ends.
-    pub fn end(mut self) -> Result<(), String> {
-        let gone = "the daemon ended without saying that all data is safe";
-        self.reader
-            .get_ref()
-            .set_read_timeout(None)
-            .map_err(|error| error.to_string())?;
-        let said = read_line(&mut self.reader);
-        wait_gone(self.reader.get_ref());
-        match said {
-            Ok(line) if line == "ok" => Ok(()),
-            Ok(line) => match line.strip_prefix("error ") {
-                Some(text) => Err(text.to_owned()),
-                None => Err(gone.to_owned()),
-            },
-            Err(_) => Err(gone.to_owned()),
-        }
-    }
-}
-
-/// Waits a moment for the end of a daemon that has said its last word: what its members lie on may
-/// be unmounted next, and is in use as long as the process is there.
-fn wait_gone(stream: &UnixStream) {
-    use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
-    let Ok(peer) = getsockopt(stream, PeerCredentials) else {
-        return;
-    };
-    let stat = format!("/proc/{}/stat", peer.pid());
-    let until = Instant::now() + FAREWELL;
-    // The state follows the name, which may have blanks and brackets of its own.
-    let runs = || {
-        let text = fs::read_to_string(&stat).unwrap_or_default();
-        let state = text
-            .rsplit(") ")
-            .next()
-            .and_then(|rest| rest.chars().next());
-        !matches!(state, None | Some('Z' | 'X'))
-    };
-    while peer.pid() != nix::unistd::getpid().as_raw() && runs() && Instant::now() < until {
-        thread::sleep(Duration::from_millis(1));
-    }
-}
-
-fn read_line(reader: &mut impl BufRead) -> io::Result<String> {
-    let mut line = String::new();
-    reader.read_line(&mut line)?;
-    if line.pop() == Some('\n') {
-        Ok(line)
-    } else {
-        Err(ErrorKind::UnexpectedEof.into())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -493,23 +327,5 @@ mod tests {
         assert!(path("0-1.sock").exists(), "somebody listens there");
         assert!(!path("0-2.sock").exists(), "nobody listens there any more");
         assert!(path("0-3.sock").exists(), "it may be about to listen");
-    }
-
-    #[test]
-    fn a_waiting_client_hears_ok_errors_and_death() {
-        for (said, expected) in [
-            ("waiting\nok\n", Ok(())),
-            ("waiting\nerror disk on fire\n", Err("disk on fire")),
-            (
-                "waiting\n",
-                Err("the daemon ended without saying that all data is safe"),
-            ),
-        ] {
-            let (client, mut server) = UnixStream::pair().unwrap();
-            server.write_all(said.as_bytes()).unwrap();
-            let waiting = Waiting::begin(client).unwrap();
-            drop(server);
-            assert_eq!(waiting.end(), expected.map_err(str::to_owned));
-        }
     }
 }

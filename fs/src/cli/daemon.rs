@@ -16,13 +16,14 @@ use log::{error, info, warn};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 
-use super::control::{self, ControlServer};
+use super::control::{self, ControlServer, LiveMount};
 use super::devices::{open_all, source_name};
 use super::exit::{self, CliError};
 use super::logger;
 use super::members::{FindError, Member, find_members_in_time};
 use super::notify::Manager;
 use super::options::ParsedOptions;
+use super::summary;
 use crate::fuse::mounts::MountEntry;
 use crate::fuse::{self, FuseOptions, MountHandle, MountSpec, Mounted, Unmount};
 use crate::{FileSystem, MountError};
@@ -62,7 +63,7 @@ pub const READY: &str = "ready\n";
 /// Mounts and serves until unmounted.
 pub fn run(mut job: Job) -> Result<(), CliError> {
     // Before any thread starts, so that none of them takes the signals.
-    let signals = super::signals::block().map_err(exit::system)?;
+    let signals = super::signals::block_with_summary().map_err(exit::system)?;
     let directory = control::own_directory().map_err(exit::system)?;
     let logfile = open_logfile(&job)?;
     let manager = match job.background {
@@ -166,7 +167,14 @@ fn serve(
             return Err(exit::system(message));
         }
     };
-    let started = start_threads(mounted, &handle, signals, job.background, manager)
+    let target = SignalTarget {
+        file_system: Arc::downgrade(fs),
+        live: server.live_mount(),
+        mount: handle.mount().clone(),
+        background: job.background,
+        manager: manager.clone(),
+    };
+    let started = start_threads(mounted, signals, target)
         .and_then(|session| {
             first_answer(&job.mount_point)?;
             Ok(session)
@@ -214,10 +222,8 @@ type SessionEnd = mpsc::Receiver<io::Result<()>>;
 
 fn start_threads(
     mounted: Mounted,
-    handle: &MountHandle,
     signals: SigSet,
-    background: bool,
-    manager: &Manager,
+    target: SignalTarget,
 ) -> io::Result<SessionEnd> {
     let (ended, end) = mpsc::channel();
     thread::Builder::new()
@@ -227,13 +233,6 @@ fn start_threads(
             // The receiver is gone only when the start failed elsewhere, which reports itself.
             let _start_failed = ended.send(result);
         })?;
-    let file_system = Arc::downgrade(handle.file_system());
-    let target = SignalTarget {
-        file_system,
-        mount: handle.mount().clone(),
-        background,
-        manager: manager.clone(),
-    };
     thread::Builder::new()
         .name("braidfs-signals".into())
         .spawn(move || target.serve(&signals))?;
@@ -301,6 +300,8 @@ fn finish(fs: Arc<FileSystem>, server: Option<&ControlServer>) -> Result<(), Cli
 /// What the signal thread may touch. It keeps nothing alive.
 struct SignalTarget {
     file_system: std::sync::Weak<FileSystem>,
+    /// For summaries.
+    live: LiveMount,
     mount: MountEntry,
     background: bool,
     manager: Manager,
@@ -314,6 +315,10 @@ impl SignalTarget {
         loop {
             match signals.wait() {
                 Ok(Signal::SIGHUP) if self.background => continue,
+                Ok(Signal::SIGUSR1) => {
+                    self.summarize();
+                    continue;
+                }
                 Ok(_) => {}
                 Err(error) => {
                     warn!("waiting for signals: {error}");
@@ -329,9 +334,20 @@ impl SignalTarget {
         }
     }
 
+    fn summarize(&self) {
+        if let Some(mount) = self.live.get() {
+            let lines = summary::lines(&mount.sample());
+            lines.iter().for_each(|line| logger::note(line));
+        }
+    }
+
     fn end_soon(&self) {
         let place = self.mount.mount_point.display();
         let _stopping = self.manager.stopping("unmounting");
+        // Writers that wait would keep the mount in use.
+        if let Some(fs) = self.file_system.upgrade() {
+            fs.thaw();
+        }
         match fuse::unmount_if_ours(&self.mount, Unmount::Normal) {
             Ok(()) => return,
             Err(Errno::EBUSY) => warn!(

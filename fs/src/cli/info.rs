@@ -8,7 +8,7 @@ use std::sync::Arc;
 use braidfs_blockdev::{Backend, OpenMode, Volume, VolumeInfo, open_device};
 use serde_json::{Value, json};
 
-use super::control;
+use super::control::{self, Patience};
 use super::devices::device_list;
 use super::exit::{self, CliError};
 use super::members::{Member, Tag, find_members, missing};
@@ -79,7 +79,9 @@ struct Seen<'a> {
 /// What the daemon of a mount says about the last scrub.
 fn scrub_of_mount(entry: &MountEntry) -> Option<Value> {
     let stream = control::connect(entry)?;
-    let line = control::request_scrub(&stream, "status").ok()?;
+    let line = control::ask(&stream, "scrub status", Patience::Short)
+        .ok()?
+        .ok()?;
     serde_json::from_str(&line).ok()
 }
 

@@ -87,6 +87,11 @@ pub fn last_word(message: &str) {
     drop(std::io::stderr().write_all(line.as_bytes()));
 }
 
+/// Logs something that somebody just asked for, whatever the level is.
+pub fn note(text: &str) {
+    LOGGER.state.lock().write(Level::Info, text);
+}
+
 /// A panic ends the process: the last word goes where the others went.
 fn report_panic(info: &std::panic::PanicHookInfo<'_>) {
     const PATIENCE: Duration = Duration::from_secs(1);

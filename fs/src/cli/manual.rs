@@ -149,6 +149,7 @@ fn overview(command: &Command) -> io::Result<Vec<u8>> {
         writeln!(out, ".TP\n{name}\n{about}")?;
     }
     write_section(&mut out, "ENVIRONMENT", text::ENVIRONMENT)?;
+    write_section(&mut out, "SIGNALS", text::SIGNALS)?;
     write_section(&mut out, "FILES", text::FILES)?;
     write_section(&mut out, "SEE ALSO", "braidfs(5), mount(8), fuse(4)")?;
     Ok(out)

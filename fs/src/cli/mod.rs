@@ -3,15 +3,18 @@
 //! | file | what |
 //! | --- | --- |
 //! | `mkfs.rs` `mount.rs` `umount.rs` `fsck.rs` `scrub.rs` | the verbs |
+//! | `manage.rs` `label.rs` | orders to a daemon (`braidfs control`); labels |
 //! | `info.rs` `stats.rs` `probe.rs` `doctor.rs` | those that only look |
 //! | `daemon.rs` | the process that serves a mount |
 //! | `control.rs` | the socket by which the verbs talk to it |
+//! | `summary.rs` | what it logs of itself when asked by a signal |
 //! | `devices.rs` | device lists, opening them |
 //! | `members.rs` | finding members, by device or tag |
 //! | `fstab.rs` | what fstab says of a mount point |
 //! | `notify.rs` | what a service manager is told |
 //! | `options.rs` `size.rs` | what follows `-o`; sizes |
 //! | `table.rs` `print.rs` | tables, JSON |
+//! | `rates.rs` | what happened between two samples of the counters |
 //! | `meter.rs` | progress of fsck |
 //! | `manual.rs` | man pages and shell completions |
 //! | `signals.rs` | signals that ask to end |
@@ -31,7 +34,9 @@ mod exit;
 mod fsck;
 mod fstab;
 mod info;
+mod label;
 mod logger;
+mod manage;
 mod manual;
 mod members;
 mod meter;
@@ -41,10 +46,12 @@ mod notify;
 mod options;
 mod print;
 mod probe;
+mod rates;
 mod scrub;
 mod signals;
 mod size;
 mod stats;
+mod summary;
 mod table;
 mod umount;
 
@@ -73,6 +80,8 @@ enum Verb {
     Info(info::InfoArgs),
     Stats(stats::StatsArgs),
     Scrub(scrub::ScrubArgs),
+    Control(manage::ControlArgs),
+    Label(label::LabelArgs),
     Probe(probe::ProbeArgs),
     Doctor(doctor::DoctorArgs),
 }
@@ -151,6 +160,8 @@ fn run(mut words: Vec<OsString>) -> Result<(), CliError> {
         Verb::Info(args) => info::run(&args),
         Verb::Stats(args) => stats::run(&args),
         Verb::Scrub(args) => scrub::run(&args),
+        Verb::Control(args) => manage::run(&args),
+        Verb::Label(args) => label::run(&args),
         Verb::Probe(args) => probe::run(&args),
         Verb::Doctor(args) => doctor::run(&args),
     }

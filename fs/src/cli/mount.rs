@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::{env, fs};
 
-use super::control;
+use super::control::{self, Patience};
 use super::daemon::{self, Job};
 use super::descriptors::close_inherited;
 use super::devices::{device_list, display_list, io_text, source_name};
@@ -219,13 +219,15 @@ fn remount(args: &MountArgs) -> Result<(), CliError> {
     let entry = umount::find(place)?;
     let place = entry.mount_point.display();
     let stats = control::connect(&entry)
-        .and_then(|stream| control::request_stats(&stream).ok())
+        .and_then(|stream| control::ask(&stream, "stats", Patience::Short).ok()?.ok())
         .and_then(|line| serde_json::from_str::<serde_json::Value>(&line).ok());
     let read_only = stats.is_some_and(|stats| stats["read_only"] == true);
     if read_only && !options.core.read_only {
-        let answer = control::connect(&entry).map(|stream| control::request_writable(&stream));
+        // Recovery after a crash, and what was being deleted then, may take a while.
+        let answer = control::connect(&entry)
+            .map(|stream| control::ask(&stream, "writable", Patience::Long));
         let made = match answer {
-            Some(Ok(made)) => made,
+            Some(Ok(made)) => made.map(drop),
             Some(Err(error)) => Err(io_text(&error)),
             None => Err("its daemon does not answer".to_owned()),
         };

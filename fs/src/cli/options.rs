@@ -11,7 +11,10 @@ use crate::fuse::{self, CacheMode, MsFlags};
 use crate::{AtimeMode, CACHE_BYTES_MIN, MountOptions};
 
 /// Longest commit interval, in seconds: the most that a crash may cost without fsync.
-const COMMIT_SECONDS_MAX: u64 = 300;
+pub const COMMIT_SECONDS_MAX: u64 = 300;
+
+/// Longest freeze, in seconds: an hour. A hang is worse than an error.
+pub const FREEZE_SECONDS_MAX: u64 = 3_600;
 
 /// Longest time that the kernel may believe names and attributes, in seconds: a year.
 const TIMEOUT_SECONDS_MAX: u64 = 31_536_000;

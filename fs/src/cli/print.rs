@@ -8,12 +8,16 @@ use super::exit::{self, CliError};
 
 /// Prints text as it is.
 pub fn text(text: &str) -> Result<(), CliError> {
+    more(text).map(drop)
+}
+
+/// The same for those that go on: false if the reader has gone.
+pub fn more(text: &str) -> Result<bool, CliError> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(exit::system(format!("standard output: {error}")))
-        }
-        _ => Ok(()),
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(exit::system(format!("standard output: {error}"))),
     }
 }
 

@@ -12,7 +12,7 @@ use braidfs_blockdev::{OpenMode, Volume};
 use nix::sys::signal::{SigSet, Signal};
 use serde_json::Value;
 
-use super::control;
+use super::control::{self, Patience};
 use super::devices::{device_list, display_list, io_text, open_all};
 use super::exit::{
     CliError, FSCK_CANCELLED, FSCK_CORRECTED, FSCK_ERRORS, FSCK_OPERATIONAL, FSCK_USAGE,
@@ -218,12 +218,9 @@ impl Target {
                 "{place}: its daemon cannot be reached; is it braidfs, alive, and yours?"
             ))
         })?;
-        let line = control::request_scrub(&stream, words)
-            .map_err(|error| operational(format!("{place}: {}", io_text(&error))))?;
-        match line.strip_prefix("error ") {
-            Some(error) => Err(operational(format!("{place}: {error}"))),
-            None => Ok(line),
-        }
+        control::ask(&stream, &format!("scrub {words}"), Patience::Short)
+            .map_err(|error| operational(format!("{place}: {}", io_text(&error))))?
+            .map_err(|error| operational(format!("{place}: {error}")))
     }
 
     fn start(&self, options: ScrubOptions) -> Result<(), CliError> {

@@ -196,7 +196,7 @@ fn table(out: &mut String, path: &str, rows: &[(String, &Map<String, Value>)]) {
 }
 
 /// Lines of cells in columns: the first to the left, the others to the right.
-fn grid(out: &mut String, lines: &[Vec<String>]) {
+pub fn grid(out: &mut String, lines: &[Vec<String>]) {
     let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
     let widths: Vec<usize> = (0..columns)
         .map(|at| {
@@ -358,7 +358,8 @@ fn quantity(name: &str, number: u64) -> String {
     }
 }
 
-fn time(nanos: u64) -> String {
+/// A time in its natural unit.
+pub fn time(nanos: u64) -> String {
     let (unit, name) = match nanos {
         0..1_000 => return format!("{nanos} ns"),
         1_000..1_000_000 => (1_000, "us"),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
-use super::control::{self, Waiting};
+use super::control::{self, Patience, Waiting};
 use super::devices::io_text;
 use super::exit::{self, CliError};
 use crate::fuse::mounts::{MountEntry, mount_at, mounts, resolve_mount_point};
@@ -61,6 +61,10 @@ pub fn run(args: &UmountArgs) -> Result<(), CliError> {
         true => None,
         false => control::connect(&entry).and_then(|stream| Waiting::begin(stream).ok()),
     };
+    // Writers of a frozen file system would keep it in use.
+    if how != Unmount::Lazy && !dead {
+        thaw(&entry);
+    }
     detach(&entry.mount_point, how).map_err(|error| refused(&place, error, how))?;
     // Where it is mounted elsewhere too (a bind mount), its daemon goes on.
     let elsewhere = mounts().is_ok_and(|all| all.iter().any(|other| other.dev == entry.dev));
@@ -81,6 +85,16 @@ pub fn run(args: &UmountArgs) -> Result<(), CliError> {
         None => Err(exit::failure(format!(
             "{place} is unmounted, but its daemon could not be asked whether all data is safe yet"
         ))),
+    }
+}
+
+/// Ends a freeze, if there is one; whatever hinders that, the unmount tells.
+fn thaw(entry: &MountEntry) {
+    let stream = control::connect(entry);
+    let told = stream.map(|stream| control::ask(&stream, "thaw", Patience::Short));
+    if let Some(Ok(Ok(_))) = told {
+        let place = entry.mount_point.display();
+        log::warn!("{place} was frozen, and is thawed to be unmounted");
     }
 }
 

@@ -66,6 +66,7 @@ impl Bench {
             handles: Handles::default(),
             unanswered: Unanswered::default(),
             stats: FuseStats::new(),
+            since: std::time::Instant::now(),
             options: FuseOptions {
                 cache_mode: CacheMode::Direct,
                 threads: 1,

@@ -163,6 +163,11 @@ impl RequestBuffer {
         }
     }
 
+    /// Gives that piece back.
+    pub(super) fn land_nowhere(&mut self) {
+        self.landing = None;
+    }
+
     /// Reads one request; gives its length.
     fn fill(&mut self, from: BorrowedFd<'_>) -> Result<usize, Errno> {
         self.is_landed = false;

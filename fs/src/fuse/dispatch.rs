@@ -1,11 +1,14 @@
 //! From the bytes of a request to the method that serves it.
 
 use std::sync::Arc;
+use std::time::Instant;
 
+use braidfs_cache::FrameVec;
 use log::debug;
 
 use super::blocking::Blocking;
 use super::channel::{Channel, Landed};
+use super::interrupt::Waiting;
 use super::protocol::{Args, InHeader, Malformed, Opcode};
 use super::reply::Reply;
 use super::{Shared, dir};
@@ -43,6 +46,10 @@ pub(super) fn dispatch(
         let sent = channel.send_error(header.unique, libc::ENOSYS);
         return debug!("no request {} here ({sent:?})", header.opcode);
     };
+    let parts = (&header, opcode, bytes, &landed);
+    if changes(opcode) && wait_for_thaw(shared, blocking, channel, parts) {
+        return;
+    }
     let reply = Reply::new(shared, channel, &header, opcode);
     if !shared.admits(header.uid) && names_something(opcode) {
         return reply.empty(Err(Errno::ACCES));
@@ -62,6 +69,68 @@ pub(super) fn dispatch(
             bytes.len()
         );
     }
+}
+
+/// Requests that wait while the file system is frozen. Those that only may change something begin,
+/// and wait inside the core when it comes to that.
+fn changes(opcode: Opcode) -> bool {
+    matches!(
+        opcode,
+        Opcode::Setattr
+            | Opcode::Symlink
+            | Opcode::Mknod
+            | Opcode::Mkdir
+            | Opcode::Unlink
+            | Opcode::Rmdir
+            | Opcode::Rename
+            | Opcode::Rename2
+            | Opcode::Link
+            | Opcode::Create
+            | Opcode::Tmpfile
+            | Opcode::Write
+            | Opcode::Setxattr
+            | Opcode::Removexattr
+            | Opcode::Fallocate
+            | Opcode::CopyFileRange
+            | Opcode::CopyFileRange64
+    )
+}
+
+/// Leaves a request until the thaw, so that no thread waits with it, and its caller can be killed;
+/// then it is begun as if it came then. False if it need not wait.
+fn wait_for_thaw(
+    shared: &Arc<Shared>,
+    blocking: &Blocking,
+    channel: &Arc<Channel>,
+    (header, opcode, bytes, landed): (&InHeader, Opcode, &[u8], &Option<Landed<'_>>),
+) -> bool {
+    let apart = landed.as_ref().map_or(0, |landed| landed.len);
+    shared.fs.leave_until_thaw(bytes.len() + apart, || {
+        let mut request = bytes.to_vec();
+        let pages = landed.as_ref().and_then(|landed| landed.pages.as_ref());
+        let mut left = apart;
+        for slice in pages.into_iter().flat_map(FrameVec::slices) {
+            let take = slice.len().min(left);
+            request.extend_from_slice(&slice[..take]);
+            left -= take;
+        }
+        let (unique, pid) = (header.unique, header.pid);
+        if pid != 0 {
+            let waiting = Waiting::new(header, (opcode, Instant::now()), channel);
+            shared.unanswered.begin(unique, waiting);
+        }
+        let (shared, channel) = (Arc::clone(shared), Arc::clone(channel));
+        let blocking = blocking.clone();
+        Box::new(move || {
+            let again = blocking.clone();
+            blocking.run(move || {
+                // Not if it has been answered because its caller is dead.
+                if pid == 0 || shared.unanswered.claim(unique) {
+                    dispatch(&shared, &again, &channel, &request, None);
+                }
+            });
+        })
+    })
 }
 
 /// Requests that begin an access. Those that go on with one (by a handle that an admitted user may

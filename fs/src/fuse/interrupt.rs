@@ -14,14 +14,16 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 use parking_lot::{Condvar, Mutex};
+use serde::Serialize;
 
 use super::channel::Channel;
+use super::protocol::{InHeader, Opcode};
 
 /// Parts of the table, so that threads seldom meet at one lock. A power of two.
 const PARTS: usize = 16;
@@ -38,9 +40,43 @@ const ABSENT_MAX: u32 = 20;
 const SPARE_MAX: usize = 128;
 
 /// A request that was read and not answered.
-struct Waiting {
+pub(super) struct Waiting {
     pid: u32,
     channel: Arc<Channel>,
+    ino: u64,
+    opcode: Opcode,
+    since: Instant,
+}
+
+impl Waiting {
+    pub(super) fn new(
+        header: &InHeader,
+        (opcode, since): (Opcode, Instant),
+        channel: &Arc<Channel>,
+    ) -> Self {
+        Self {
+            pid: header.pid,
+            channel: Arc::clone(channel),
+            ino: header.nodeid,
+            opcode,
+            since,
+        }
+    }
+}
+
+/// A request that has not been answered for a while.
+#[derive(Clone, Debug, Serialize)]
+pub struct SlowRequest {
+    /// What it asks for.
+    pub op: &'static str,
+    /// Inode that it is about.
+    pub ino: u64,
+    /// Who waits.
+    pub pid: u32,
+    /// The name of that process; empty where it cannot be seen.
+    pub process: String,
+    /// Microseconds since it was read.
+    pub age_us: u64,
 }
 
 #[derive(Default)]
@@ -70,11 +106,33 @@ impl Unanswered {
         &self.parts[index]
     }
 
-    /// A request of this process has been read.
-    pub(super) fn begin(&self, unique: u64, pid: u32, channel: &Arc<Channel>) {
-        let channel = Arc::clone(channel);
-        let waiting = Waiting { pid, channel };
+    /// A request has been read.
+    pub(super) fn begin(&self, unique: u64, waiting: Waiting) {
         self.part(unique).lock().insert(unique, waiting);
+    }
+
+    /// Those that wait for the longest time, the oldest first.
+    pub(super) fn slowest(&self, count: usize) -> Vec<SlowRequest> {
+        let mut oldest: Vec<(Instant, Opcode, u64, u32)> = Vec::new();
+        for part in &self.parts {
+            let part = part.lock();
+            let each = part.values();
+            oldest.extend(each.map(|each| (each.since, each.opcode, each.ino, each.pid)));
+            drop(part);
+            oldest.sort_by_key(|request| request.0);
+            oldest.truncate(count);
+        }
+        let show = |(since, opcode, ino, pid): (Instant, Opcode, u64, u32)| {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+            SlowRequest {
+                op: Opcode::NAMES[opcode as usize],
+                ino,
+                pid,
+                process: name.unwrap_or_default().trim_end().to_owned(),
+                age_us: u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX),
+            }
+        };
+        oldest.into_iter().map(show).collect()
     }
 
     /// The right to answer it; false if that was done because its caller is dead.
@@ -213,8 +271,18 @@ mod tests {
         let mut child = Command::new("true").spawn().unwrap();
         let dead = child.id();
         child.wait().unwrap();
-        table.begin(2, alive, &channel);
-        table.begin(4, dead, &channel);
+        let waiting = |pid: u32| Waiting {
+            pid,
+            channel: Arc::clone(&channel),
+            ino: 1,
+            opcode: Opcode::Read,
+            since: Instant::now(),
+        };
+        table.begin(2, waiting(alive));
+        table.begin(4, waiting(dead));
+        let slowest = table.slowest(1);
+        assert_eq!(slowest.len(), 1);
+        assert_eq!((slowest[0].op, slowest[0].pid), ("read", alive));
         table.signalled(2);
         table.signalled(4);
         let mut answer = [0; 64];

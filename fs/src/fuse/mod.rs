@@ -51,8 +51,9 @@ pub mod transport;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use braidfs_cache::LANDING_BYTES;
 use log::debug;
 use serde_json::{Value, json};
 
@@ -60,8 +61,10 @@ pub use attach::{AttachError, MountSpec, Unmount, abort_connection, unmount, unm
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use fuzzing::{requests as fuzz_requests, seeds as fuzz_request_seeds};
 pub use init::InitError;
+pub use interrupt::SlowRequest;
 pub use nix::mount::MsFlags;
-pub use session::{MountHandle, Mounted, READ_AHEAD_KB, mount};
+pub use session::{MountHandle, Mounted, READ_AHEAD_KB, Sample, mount};
+pub use stats::RequestStats;
 
 use crate::{FileSystem, Ino};
 use channel::Channel;
@@ -110,12 +113,16 @@ pub fn threads_default() -> usize {
     (2 * cores).clamp(THREADS_DEFAULT_MIN, 64)
 }
 
+/// Threads may keep one part in so many of the cache for payloads to land in.
+const LANDING_SHARE: u64 = 16;
+
 /// The state that requests share.
 struct Shared {
     fs: Arc<FileSystem>,
     handles: Handles,
     unanswered: Unanswered,
     stats: FuseStats,
+    since: Instant,
     options: FuseOptions,
     /// The connection's first channel; notifications go through it.
     channel: Arc<Channel>,
@@ -130,6 +137,16 @@ impl Shared {
         if let Err(error) = self.channel.forget_attributes(ino) {
             debug!("inode {ino} is not in the kernel's cache: {error}");
         }
+    }
+
+    /// Bytes of the cache in which payloads may come to lie, one piece for each thread.
+    fn landing_bytes(&self) -> u64 {
+        self.options.threads as u64 * LANDING_BYTES as u64
+    }
+
+    /// Whether the cache is large enough for that.
+    fn may_land(&self) -> bool {
+        self.fs.cache().size_bytes() / LANDING_SHARE >= self.landing_bytes()
     }
 
     /// Whether a user is let in.

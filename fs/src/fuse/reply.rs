@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use super::Shared;
 use super::attr::{attr_out, entry_out, negative_entry_out, statx_out};
 use super::channel::Channel;
+use super::interrupt::Waiting;
 use super::protocol::{InHeader, Opcode, Out};
 use super::stats::Timer;
 use crate::{Attr, Errno, OpenFile, ReadReply};
@@ -38,16 +39,17 @@ impl Reply {
     ) -> Self {
         let unanswered = [Opcode::Forget, Opcode::BatchForget, Opcode::Interrupt];
         let is_known = header.pid != 0 && !unanswered.contains(&opcode);
+        let timer = shared.stats.begin(opcode);
         if is_known {
-            let table = &shared.unanswered;
-            table.begin(header.unique, header.pid, channel);
+            let waiting = Waiting::new(header, timer.begun(), channel);
+            shared.unanswered.begin(header.unique, waiting);
         }
         Self {
             shared: Arc::clone(shared),
             channel: Arc::clone(channel),
             unique: header.unique,
             is_known,
-            timer: Some(shared.stats.begin(opcode)),
+            timer: Some(timer),
         }
     }
 

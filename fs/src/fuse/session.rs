@@ -3,11 +3,13 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
+use std::time::Instant;
 
-use braidfs_cache::LANDING_BYTES;
 use log::{debug, error, warn};
 use nix::errno::Errno;
+use serde::Serialize;
 use serde_json::Value;
 
 use super::attach::{self, AttachError, MountSpec, Unmount};
@@ -19,8 +21,8 @@ use super::init::{InitError, handshake};
 use super::interrupt::Unanswered;
 use super::mounts::{self, MountEntry};
 use super::stats::FuseStats;
-use super::{FuseOptions, Shared};
-use crate::FileSystem;
+use super::{FuseOptions, RequestStats, Shared, SlowRequest};
+use crate::{FileSystem, FsStats};
 
 /// What the kernel's readahead is raised to, in KiB: one request. A page fault reads as much around
 /// itself, so that more would be slow for random access to mapped files.
@@ -28,9 +30,6 @@ pub const READ_AHEAD_KB: u32 = 1024;
 /// How much of the memory that may be dirty at all the kernel's cache of this mount may fill, in
 /// percent. A FUSE mount has 1 otherwise, which has writers sleep while the daemon waits for them.
 const DIRTY_RATIO: u32 = 100;
-
-/// Threads may keep one part in so many of the cache for payloads to land in.
-const LANDING_SHARE: u64 = 16;
 
 /// A mounted file system that is not served yet. [`Mounted::serve`] does that until the end.
 pub struct Mounted {
@@ -42,6 +41,34 @@ pub struct Mounted {
 pub struct MountHandle {
     shared: Arc<Shared>,
     mount: MountEntry,
+}
+
+/// Slow requests that a sample names.
+const SLOWEST: usize = 16;
+
+/// Everything that is counted, at one moment.
+#[derive(Clone, Debug, Serialize)]
+pub struct Sample {
+    /// Microseconds since it was mounted.
+    pub at_us: u64,
+    /// UUID of the file system.
+    pub uuid: String,
+    /// The core.
+    pub fs: FsStats,
+    /// Whether changes wait for a thaw.
+    pub frozen: bool,
+    /// Files that are open.
+    pub open_files: u64,
+    /// Requests that were read and not answered.
+    pub in_flight: u64,
+    /// Bytes that were read from files.
+    pub read_bytes: u64,
+    /// Bytes that were written to files.
+    pub write_bytes: u64,
+    /// Requests by kind.
+    pub requests: Vec<RequestStats>,
+    /// Those that wait for the longest time now.
+    pub slowest: Vec<SlowRequest>,
 }
 
 /// Mounts. The kernel's first request is answered; the others wait until [`Mounted::serve`].
@@ -81,6 +108,7 @@ fn start(
         handles: Handles::default(),
         unanswered: Unanswered::default(),
         stats: FuseStats::new(),
+        since: Instant::now(),
         options,
         channel,
         only: root_and_owner.then(|| nix::unistd::getuid().as_raw()),
@@ -104,8 +132,6 @@ impl Mounted {
     pub fn serve(self) -> io::Result<()> {
         let shared = &self.handle.shared;
         let blocking = Blocking::default();
-        let landings = shared.fs.stats().cache.size_bytes / LANDING_SHARE / LANDING_BYTES as u64;
-        let lands = landings >= shared.options.threads as u64;
         let served = thread::scope(|scope| {
             let watcher = thread::Builder::new()
                 .name("braidfs-watch".into())
@@ -133,14 +159,14 @@ impl Mounted {
                 let worker = thread::Builder::new()
                     .name(format!("braidfs-fuse{number}"))
                     .spawn_scoped(scope, move || {
-                        serve_channel(&shared, &blocking, &own_channel(&shared.channel), lands)
+                        serve_channel(&shared, &blocking, &own_channel(&shared.channel), true)
                     });
                 match worker {
                     Ok(worker) => workers.push(worker),
                     Err(error) => warn!("only {number} threads serve requests: {error}"),
                 }
             }
-            let mut served = serve_channel(shared, &blocking, &shared.channel, lands);
+            let mut served = serve_channel(shared, &blocking, &shared.channel, true);
             for worker in workers {
                 served = served.and(worker.join().unwrap_or(Err(Errno::EIO)));
             }
@@ -165,8 +191,8 @@ pub(super) fn own_channel(first: &Arc<Channel>) -> Arc<Channel> {
     }
 }
 
-/// Serves the requests of one channel until the connection ends. `lands`: payloads come to lie in
-/// the cache's own memory.
+/// Serves the requests of one channel until the connection ends. `lands`: payloads may come to lie
+/// in the cache's own memory.
 fn serve_channel(
     shared: &Arc<Shared>,
     blocking: &Blocking,
@@ -176,7 +202,10 @@ fn serve_channel(
     let mut buffer = RequestBuffer::new();
     loop {
         if lands {
-            buffer.land_on(|| shared.fs.alloc_landing());
+            match shared.may_land() {
+                true => buffer.land_on(|| shared.fs.alloc_landing()),
+                false => buffer.land_nowhere(),
+            }
         }
         shared.unanswered.begin_reading();
         let received = channel.receive(&mut buffer);
@@ -186,7 +215,11 @@ fn serve_channel(
                 let (bytes, landed) = buffer.request(len);
                 dispatch(shared, blocking, channel, bytes, landed);
             }
-            Ok(Received::Ended) => return Ok(()),
+            Ok(Received::Ended) => {
+                // Other threads may wait for the thaw with their requests.
+                shared.fs.thaw_at_end();
+                return Ok(());
+            }
             Err(error) => {
                 error!("cannot read requests from the kernel: {error}");
                 return Err(error);
@@ -206,9 +239,32 @@ impl MountHandle {
         &self.shared.fs
     }
 
+    /// The least that the cache can be made, in bytes: what the threads keep of it is theirs.
+    pub fn cache_bytes_min(&self) -> u64 {
+        crate::CACHE_BYTES_MIN + self.shared.landing_bytes()
+    }
+
     /// Takes the mount out of the tree, if it is still there.
     pub fn unmount(&self, how: Unmount) -> Result<(), Errno> {
         attach::unmount_if_ours(&self.mount, how)
+    }
+
+    /// Everything that is counted.
+    pub fn sample(&self) -> Sample {
+        let (shared, fs) = (&self.shared, self.file_system());
+        let stats = &shared.stats;
+        Sample {
+            at_us: u64::try_from(shared.since.elapsed().as_micros()).unwrap_or(u64::MAX),
+            uuid: fs.volume().info().uuid,
+            fs: fs.stats(),
+            frozen: fs.frozen_for().is_some(),
+            open_files: shared.handles.count() as u64,
+            in_flight: stats.in_flight.load(Relaxed),
+            read_bytes: stats.read_bytes.load(Relaxed),
+            write_bytes: stats.write_bytes.load(Relaxed),
+            requests: stats.by_opcode(),
+            slowest: shared.unanswered.slowest(SLOWEST),
+        }
     }
 
     /// Statistics of the core and of the front end (section `fuse`).

@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
+use braidfs_blockdev::Histogram;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -29,10 +30,28 @@ pub struct FuseStats {
     pub(super) in_flight: AtomicU64,
 }
 
+/// What is known of the requests of one kind.
+#[derive(Clone, Debug, Serialize)]
+pub struct RequestStats {
+    /// Its name.
+    pub op: &'static str,
+    /// Those of them that failed.
+    pub errors: u64,
+    /// Microseconds from reading a request to its answer; the sum is exact to the microsecond.
+    pub latency_us: Histogram,
+}
+
 /// A request that has begun. It is finished with [`FuseStats::end`].
 pub(super) struct Timer {
     opcode: Opcode,
     start: Instant,
+}
+
+impl Timer {
+    /// What was begun, and when.
+    pub(super) fn begun(&self) -> (Opcode, Instant) {
+        (self.opcode, self.start)
+    }
 }
 
 impl FuseStats {
@@ -56,6 +75,31 @@ impl FuseStats {
         }
     }
 
+    /// The opcodes that were seen, each with its histogram.
+    pub(super) fn by_opcode(&self) -> Vec<RequestStats> {
+        let seen = Opcode::NAMES.iter().zip(&self.opcodes);
+        let seen = seen.filter(|(_, stats)| stats.count.load(Relaxed) > 0);
+        seen.map(|(op, stats)| {
+            let buckets: Vec<u64> = stats
+                .buckets
+                .iter()
+                .map(|bucket| bucket.load(Relaxed))
+                .collect();
+            RequestStats {
+                op,
+                errors: stats.errors.load(Relaxed),
+                latency_us: Histogram {
+                    // Of the same moment as the buckets, whatever comes meanwhile.
+                    count: buckets.iter().sum(),
+                    buckets,
+                    sum: stats.nanos.load(Relaxed) / 1000,
+                    max: stats.nanos_max.load(Relaxed) / 1000,
+                },
+            }
+        })
+        .collect()
+    }
+
     pub(super) fn end(&self, timer: Timer, ok: bool) {
         let nanos = u64::try_from(timer.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let stats = &self.opcodes[timer.opcode as usize];
@@ -73,16 +117,11 @@ impl FuseStats {
 
     /// The opcodes that were seen, by name.
     pub(super) fn requests(&self) -> Map<String, Value> {
-        let mut requests = Map::new();
-        for (name, stats) in Opcode::NAMES.iter().zip(&self.opcodes) {
-            let count = stats.count.load(Relaxed);
-            if count > 0 {
-                let view = OpcodeView::new(stats, count);
-                let value = serde_json::to_value(view).unwrap_or(Value::Null);
-                requests.insert((*name).to_owned(), value);
-            }
-        }
-        requests
+        let views = self.by_opcode().into_iter().map(|stats| {
+            let view = serde_json::to_value(OpcodeView::new(&stats));
+            (stats.op.to_owned(), view.unwrap_or(Value::Null))
+        });
+        views.collect()
     }
 }
 
@@ -104,35 +143,17 @@ struct OpcodeView {
 }
 
 impl OpcodeView {
-    fn new(stats: &OpcodeStats, count: u64) -> Self {
-        let buckets: Vec<u64> = stats
-            .buckets
-            .iter()
-            .map(|bucket| bucket.load(Relaxed))
-            .collect();
-        let max_us = stats.nanos_max.load(Relaxed) / 1000;
+    fn new(stats: &RequestStats) -> Self {
+        let latency = &stats.latency_us;
         Self {
-            count,
-            errors: stats.errors.load(Relaxed),
-            mean_us: stats.nanos.load(Relaxed) / count / 1000,
-            p50_us: percentile(&buckets, 50).min(max_us),
-            p99_us: percentile(&buckets, 99).min(max_us),
-            max_us,
+            count: latency.count,
+            errors: stats.errors,
+            mean_us: latency.mean(),
+            p50_us: latency.percentile(50),
+            p99_us: latency.percentile(99),
+            max_us: latency.max,
         }
     }
-}
-
-/// Upper bound in microseconds of the bucket in which `percent` of all requests have been seen.
-fn percentile(buckets: &[u64], percent: u64) -> u64 {
-    let total: u64 = buckets.iter().sum();
-    let mut seen = 0;
-    for (index, count) in buckets.iter().enumerate() {
-        seen += count;
-        if total > 0 && seen * 100 >= total * percent {
-            return 1 << index;
-        }
-    }
-    0
 }
 
 #[cfg(test)]
@@ -146,16 +167,6 @@ mod tests {
         assert_eq!(bucket(1_000), 1);
         assert_eq!(bucket(3_999), 2);
         assert_eq!(bucket(u64::MAX), BUCKETS - 1);
-    }
-
-    #[test]
-    fn percentiles_are_upper_bounds() {
-        let mut buckets = vec![0; BUCKETS];
-        assert_eq!(percentile(&buckets, 50), 0);
-        buckets[3] = 98;
-        buckets[10] = 2;
-        assert_eq!(percentile(&buckets, 50), 8);
-        assert_eq!(percentile(&buckets, 99), 1024);
     }
 
     #[test]

@@ -150,7 +150,7 @@ impl FileSystem {
     /// under way, `INVAL` if there is none to resume.
     pub fn scrub_start(&self, options: ScrubOptions) -> Result<(), Errno> {
         let me = self.me.upgrade().ok_or(Errno::IO)?;
-        let can_write = self.check_writable().is_ok();
+        let can_write = self.check_may_write().is_ok();
         let mut inner = self.scrubber.inner.lock();
         if inner.ended || inner.status.summary.state == ScrubState::Running {
             return Err(Errno::BUSY);
@@ -308,7 +308,7 @@ impl FileSystem {
 
     /// Puts the record into the open group, where anything may be put there.
     fn save_scrub(&self) {
-        if self.check_writable().is_err() {
+        if self.check_may_write().is_err() {
             return;
         }
         let value = self.scrub_summary().encode();

@@ -10,7 +10,7 @@ use nix::sys::statvfs::statvfs;
 use serde_json::Value;
 
 use super::Finding;
-use crate::cli::control;
+use crate::cli::control::{self, Patience};
 use crate::cli::size::format_size;
 use crate::fuse::READ_AHEAD_KB;
 use crate::fuse::mounts::MountEntry;
@@ -36,7 +36,7 @@ pub fn examine(entry: &MountEntry) -> (Vec<PathBuf>, Vec<Finding>) {
     let stream = control::connect(entry);
     let stats = stream
         .as_ref()
-        .and_then(|stream| control::request_stats(stream).ok())
+        .and_then(|stream| control::ask(stream, "stats", Patience::Short).ok()?.ok())
         .and_then(|line| serde_json::from_str::<Value>(&line).ok());
     let (Some(stream), Some(stats)) = (stream, stats) else {
         let seen = "its daemon cannot be asked; is it yours?".to_owned();

@@ -178,6 +178,13 @@ BRAIDFS_LOG: error, warn (the default), info, debug or trace: what is logged.
 NOTIFY_SOCKET: set by a service manager; it is told when the mount is usable, and when the end \
 begins.";
 
+/// Signals that a daemon knows.
+pub const SIGNALS: &str = "\
+SIGTERM, SIGINT: unmounts, writes everything back, and ends; while the mount is in use it leaves \
+the tree at once. A second one ends the connection, whoever uses it.
+
+SIGUSR1: logs a summary of what was done, whatever the level of logging is.";
+
 /// Files that the program uses.
 pub const FILES: &str = "\
 /etc/fstab: what is mounted where.
