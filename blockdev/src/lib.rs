@@ -53,7 +53,7 @@ pub use label::{LabelError, LabelInfo, read_label};
 pub use pages::{AlignedBuf, PageRun, PageVector};
 pub use request::{DeviceRequest, Flight};
 pub use signature::foreign_signature;
-pub use stats::{Histogram, QueueStats, VolumeStats};
+pub use stats::{DirectionStats, Histogram, QueueStats, VolumeStats};
 pub use table::TableError;
 pub use units::{BLOCK_SIZE, PAGE_SIZE, VolBlock};
 pub use volume::{

@@ -203,6 +203,7 @@ fn install(env: &Env) -> Outcome {
         "lib/systemd/system/braidfs@.service",
         "lib/udev/rules.d/64-braidfs.rules",
         "share/bash-completion/completions/braidfs",
+        "share/braidfs/grafana.json",
         "share/fish/vendor_completions.d/braidfs.fish",
         "share/man/man1/braidfs.1",
         "share/man/man5/braidfs.5",

@@ -17,10 +17,11 @@ use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 
 use super::control::{self, ControlServer, LiveMount};
-use super::devices::{open_all, source_name};
+use super::devices::{io_text, open_all, source_name};
 use super::exit::{self, CliError};
 use super::logger;
 use super::members::{FindError, Member, find_members_in_time};
+use super::metrics::Endpoint;
 use super::notify::Manager;
 use super::options::ParsedOptions;
 use super::summary;
@@ -66,12 +67,20 @@ pub fn run(mut job: Job) -> Result<(), CliError> {
     let signals = super::signals::block_with_summary().map_err(exit::system)?;
     let directory = control::own_directory().map_err(exit::system)?;
     let logfile = open_logfile(&job)?;
+    let metrics = bind_metrics(&job)?;
     let manager = match job.background {
         true => Manager::none(),
         false => Manager::of_this_process(),
     };
     let fs = mount_core(&mut job)?;
-    match serve(&job, &fs, &directory, signals, logfile, &manager) {
+    let outside = Outside {
+        directory: &directory,
+        signals,
+        logfile,
+        metrics,
+        manager: &manager,
+    };
+    match serve(&job, &fs, outside) {
         Ok(server) => {
             let _stopping = manager.stopping("writing back");
             finish(fs, Some(&server))
@@ -96,6 +105,20 @@ fn open_logfile(job: &Job) -> Result<Option<File>, CliError> {
         .open(path)
         .map_err(|error| exit::failure(format!("option 'logfile': {}: {error}", path.display())))?;
     Ok(Some(file))
+}
+
+/// The address of the metrics is taken early, too.
+fn bind_metrics(job: &Job) -> Result<Option<Endpoint>, CliError> {
+    let Some(address) = &job.options.metrics else {
+        return Ok(None);
+    };
+    let bound = Endpoint::bind(address).map_err(|error| {
+        let why = io_text(&error);
+        exit::failure(format!(
+            "option 'metrics={address}': {why}; nothing was mounted"
+        ))
+    })?;
+    Ok(Some(bound))
 }
 
 /// Opens the members and mounts the core, read-only if it must be.
@@ -126,15 +149,24 @@ fn mount_core(job: &mut Job) -> Result<Arc<FileSystem>, CliError> {
     })
 }
 
-/// Mounts, tells that it is usable, answers until the end.
-fn serve(
-    job: &Job,
-    fs: &Arc<FileSystem>,
-    directory: &Path,
+/// What a daemon has to do with besides its mount.
+struct Outside<'a> {
+    directory: &'a Path,
     signals: SigSet,
     logfile: Option<File>,
-    manager: &Manager,
-) -> Result<ControlServer, CliError> {
+    metrics: Option<Endpoint>,
+    manager: &'a Manager,
+}
+
+/// Mounts, tells that it is usable, answers until the end.
+fn serve(job: &Job, fs: &Arc<FileSystem>, outside: Outside<'_>) -> Result<ControlServer, CliError> {
+    let Outside {
+        directory,
+        signals,
+        logfile,
+        metrics,
+        manager,
+    } = outside;
     let options = &job.options;
     let as_root = nix::unistd::geteuid().is_root();
     let spec = MountSpec {
@@ -174,7 +206,10 @@ fn serve(
         background: job.background,
         manager: manager.clone(),
     };
-    let started = start_threads(mounted, signals, target)
+    let served_file = metrics.map(|endpoint| endpoint.serve(&server.live_mount()));
+    let started = served_file
+        .transpose()
+        .and_then(|file| Ok((start_threads(mounted, signals, target)?, file)))
         .and_then(|session| {
             first_answer(&job.mount_point)?;
             Ok(session)
@@ -185,7 +220,7 @@ fn serve(
             }
             Ok(session)
         });
-    let session = match started {
+    let (session, _served_file) = match started {
         Ok(session) => session,
         Err(error) => {
             take_out(&handle);

@@ -260,6 +260,7 @@ mod tests {
                     None => name.to_owned(),
                     Some((name, "SECONDS" | "N")) => format!("{name}=5"),
                     Some((name, "SIZE")) => format!("{name}=32M"),
+                    Some((name, "ADDRESS")) => format!("{name}=[::1]:9421"),
                     Some((name, "DIR:...")) => format!("{name}=/a:/b"),
                     Some((name, value)) => {
                         format!("{name}={}", value.split('|').next().unwrap_or_default())

@@ -14,6 +14,7 @@
 //! | `notify.rs` | what a service manager is told |
 //! | `options.rs` `size.rs` | what follows `-o`; sizes |
 //! | `table.rs` `print.rs` | tables, JSON |
+//! | `metrics.rs` | metrics for Prometheus |
 //! | `rates.rs` | what happened between two samples of the counters |
 //! | `meter.rs` | progress of fsck |
 //! | `manual.rs` | man pages and shell completions |
@@ -40,6 +41,7 @@ mod manage;
 mod manual;
 mod members;
 mod meter;
+mod metrics;
 mod mkfs;
 mod mount;
 mod notify;

@@ -26,8 +26,8 @@ pub struct MountArgs {
     /// Options, separated by commas: ro, noatime, relatime, strictatime, sync, commit=SECONDS,
     /// cache_size=SIZE, cache=auto|direct|writeback, allow_other, allow_root, discard, nodirect,
     /// backend=auto|uring|threads, threads=N, timeout=SECONDS, attr_timeout=SECONDS, logfile=FILE,
-    /// device_wait=SECONDS, search=DIR, fsname=NAME, subtype=NAME, remount, norecovery, and the
-    /// general ones of mount(8)
+    /// metrics=unix:PATH|127.0.0.1:PORT|[::1]:PORT, device_wait=SECONDS, search=DIR, fsname=NAME,
+    /// subtype=NAME, remount, norecovery, and the general ones of mount(8)
     #[arg(short = 'o', value_name = "OPT,...")]
     pub options: Vec<String>,
 

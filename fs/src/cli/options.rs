@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use braidfs_blockdev::{ANSWER_TIME_DEFAULT, Backend, write_protected};
 
+use super::metrics::Address;
 use super::size::{format_size, parse_size};
 use crate::fuse::{self, CacheMode, MsFlags};
 use crate::{AtimeMode, CACHE_BYTES_MIN, MountOptions};
@@ -56,6 +57,8 @@ pub struct ParsedOptions {
     pub subtype: String,
     /// Where a background daemon logs; syslog otherwise.
     pub logfile: Option<PathBuf>,
+    /// Where metrics are served.
+    pub metrics: Option<Address>,
     /// VFS flags.
     pub flags: MsFlags,
     /// Change the flags of a mount that exists.
@@ -91,6 +94,7 @@ impl ParsedOptions {
             fsname: None,
             subtype: "braidfs".to_owned(),
             logfile: None,
+            metrics: None,
             flags: MsFlags::empty(),
             remount: false,
             insist_writable: false,
@@ -280,6 +284,15 @@ impl ParsedOptions {
             "subtype" => return impossible("a word"),
             "logfile" if !value.is_empty() => self.logfile = Some(PathBuf::from(value)),
             "logfile" => return impossible("a file"),
+            "metrics" => match Address::parse(value) {
+                Some(address) => self.metrics = Some(address),
+                None => {
+                    return impossible(
+                        "unix:/PATH, 127.0.0.1:PORT or [::1]:PORT, which this machine alone can \
+                         reach",
+                    );
+                }
+            },
             "uid" | "gid" => {
                 return Err(format!(
                     "option '{name}' is not supported: each file keeps its owner; use chown"
@@ -332,7 +345,7 @@ impl ParsedOptions {
 }
 
 fn unknown(name: &str, value: Option<&str>) -> String {
-    const WITH_VALUE: [&str; 12] = [
+    const WITH_VALUE: [&str; 13] = [
         "commit",
         "cache_size",
         "backend",
@@ -342,6 +355,7 @@ fn unknown(name: &str, value: Option<&str>) -> String {
         "fsname",
         "subtype",
         "logfile",
+        "metrics",
         "cache",
         "device_wait",
         "search",
@@ -511,6 +525,8 @@ mod tests {
             ("device_wait=3601", "0 to 3600"),
             ("device_wait", "needs a value"),
             ("cache", "needs a value"),
+            ("metrics", "needs a value"),
+            ("metrics=0.0.0.0:9100", "this machine alone"),
             ("search=images", "absolute"),
             ("search=", "absolute"),
             ("fsname=", "'fsname='"),

@@ -74,6 +74,12 @@ pub const MOUNT_OPTIONS: &[(&str, &str)] = &[
         "Where the background daemon logs. Default: the journal or syslog.",
     ),
     (
+        "metrics=ADDRESS",
+        "Serves metrics for Prometheus by HTTP (GET /metrics): at unix:/PATH, a socket for its \
+         user alone, or at 127.0.0.1:PORT or [::1]:PORT, for everybody on this machine, and nobody \
+         else.",
+    ),
+    (
         "nofail",
         "Devices, or members, that are not there are no error: nothing is mounted, and the exit \
          code is 0.",
