@@ -55,6 +55,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("promtool", "prometheus"),
     ("prometheus", "prometheus"),
     ("tmux", "tmux"),
+    ("pgrep", "procps"),
     ("groff", "groff-base"),
     ("man", "man-db"),
     ("dpkg-deb", "dpkg"),

@@ -45,7 +45,7 @@ fn help_and_version(env: &Env) -> Outcome {
     let help = env.braidfs().arg("--help").ok().stdout;
     for verb in [
         "mkfs", "mount", "umount", "fsck", "scrub", "info", "stats", "probe", "doctor", "control",
-        "label",
+        "label", "top",
     ] {
         assert!(help.contains(verb), "--help does not mention {verb}");
         let text = env.braidfs().args([verb, "--help"]).ok().stdout;

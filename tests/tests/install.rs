@@ -10,7 +10,7 @@ use braidfs_tests::command::Cmd;
 use braidfs_tests::env::{Env, Outcome, project_root};
 use braidfs_tests::runner::{self, Test};
 
-const VERBS: [(&str, u8); 11] = [
+const VERBS: [(&str, u8); 12] = [
     ("control", 8),
     ("doctor", 1),
     ("fsck", 8),
@@ -21,6 +21,7 @@ const VERBS: [(&str, u8); 11] = [
     ("probe", 1),
     ("scrub", 8),
     ("stats", 1),
+    ("top", 1),
     ("umount", 8),
 ];
 

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | `mkfs.rs` `mount.rs` `umount.rs` `fsck.rs` `scrub.rs` | the verbs |
 //! | `manage.rs` `label.rs` | orders to a daemon (`braidfs control`); labels |
-//! | `info.rs` `stats.rs` `probe.rs` `doctor.rs` | those that only look |
+//! | `info.rs` `stats.rs` `top.rs` `probe.rs` `doctor.rs` | those that only look |
 //! | `daemon.rs` | the process that serves a mount |
 //! | `control.rs` | the socket by which the verbs talk to it |
 //! | `summary.rs` | what it logs of itself when asked by a signal |
@@ -55,6 +55,7 @@ mod size;
 mod stats;
 mod summary;
 mod table;
+mod top;
 mod umount;
 
 use std::ffi::{OsStr, OsString};
@@ -81,6 +82,7 @@ enum Verb {
     Fsck(fsck::FsckArgs),
     Info(info::InfoArgs),
     Stats(stats::StatsArgs),
+    Top(top::TopArgs),
     Scrub(scrub::ScrubArgs),
     Control(manage::ControlArgs),
     Label(label::LabelArgs),
@@ -161,6 +163,7 @@ fn run(mut words: Vec<OsString>) -> Result<(), CliError> {
         Verb::Fsck(args) => fsck::run(&args),
         Verb::Info(args) => info::run(&args),
         Verb::Stats(args) => stats::run(&args),
+        Verb::Top(args) => top::run(&args),
         Verb::Scrub(args) => scrub::run(&args),
         Verb::Control(args) => manage::run(&args),
         Verb::Label(args) => label::run(&args),

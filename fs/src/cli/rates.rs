@@ -310,7 +310,8 @@ impl DeviceRates {
 /// A rate of events.
 pub fn count(rate: f64) -> String {
     match rate {
-        ..10.0 if rate != 0.0 => format!("{rate:.1}"),
+        0.0 => "0".to_owned(),
+        ..10.0 => format!("{rate:.1}"),
         _ => format!("{rate:.0}"),
     }
 }
@@ -480,7 +481,7 @@ pub fn render(interval: &Interval) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use serde_json::{Value, json};
 
     use super::*;
@@ -491,7 +492,8 @@ mod tests {
         serde_json::to_value(histogram).unwrap()
     }
 
-    fn sample(at_us: u64, hits: u64, reads: &[u64], requests: &[u64]) -> Sample {
+    /// A state of the counters: cache hits, nanoseconds of device reads, microseconds of requests.
+    pub fn sample(at_us: u64, hits: u64, reads: &[u64], requests: &[u64]) -> Sample {
         let none = json!({ "requests": 0, "bytes": 0, "errors": 0, "latency_ns": histogram(&[]) });
         let device = json!({
             "name": "/d/a.img", "flushes": 2, "in_flight": 1, "queued": 3, "silent": false,
@@ -550,7 +552,11 @@ mod tests {
         let interval = Interval::between(&sample, &sample);
         assert!(interval.fuse.requests.is_empty());
         assert_eq!(interval.cache.hit_percent, None);
-        assert!(render(&interval).contains("hits - of 0/s"));
+        let text = render(&interval);
+        assert!(
+            text.contains("hits - of 0/s") && text.contains(" 0 requests/s"),
+            "{text}"
+        );
     }
 
     #[test]
