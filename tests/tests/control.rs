@@ -49,7 +49,7 @@ fn is_frozen(env: &Env, volume: &Volume<'_>) -> bool {
     get(env, volume)["frozen"] == true
 }
 
-/// A process that writes a line to a new file.
+/// A process that writes a line to a file.
 fn writer(path: &Path) -> Running {
     Cmd::sh("echo written >\"$1\"", [path]).quiet().spawn()
 }
@@ -68,8 +68,11 @@ fn freeze(env: &Env) -> Outcome {
         volume.mount(&[mode, "commit=1"]);
         let text = vec![b'x'; 5 << 20];
         fs::write(volume.path("before"), &text).expect("write to the volume");
-        // The kernel keeps a directory to whoever is changing it.
+        // The kernel lets one process at a time change a directory, so they change files.
         fs::create_dir(volume.path("new")).expect("a folder on the volume");
+        for number in 0..WRITERS {
+            fs::write(volume.path(&format!("new/{number}")), "old").expect("write");
+        }
         control(env, &volume, &["freeze"]).ok();
         let before = images(&volume);
         let again = control(env, &volume, &["freeze"]).exits(1);
@@ -84,6 +87,8 @@ fn freeze(env: &Env) -> Outcome {
         // Longer than a commit interval.
         std::thread::sleep(Duration::from_secs(2));
         assert!(fs::read(volume.path("before")).expect("read") == text);
+        let old = volume.path(&format!("new/{}", WRITERS - 1));
+        assert_eq!(fs::metadata(old).expect("stat").len(), 3);
         assert_eq!(fs::read_dir(&volume.mountpoint).expect("list").count(), 2);
         File::open(volume.path("before"))
             .and_then(|file| file.sync_all())
@@ -143,8 +148,9 @@ fn freeze(env: &Env) -> Outcome {
 fn killed(env: &Env) -> Outcome {
     let mut volume = Volume::format(env, "v", &[MEMBER_BYTES; 2], &[]);
     volume.mount(&[]);
+    fs::write(volume.path("file"), "old").expect("write to the volume");
     control(env, &volume, &["freeze"]).ok();
-    let mut writer = writer(&volume.path("never"));
+    let mut writer = writer(&volume.path("file"));
     std::thread::sleep(Duration::from_millis(500));
     assert!(writer.is_running());
     kill(Pid::from_raw(writer.pid()), Signal::SIGTERM).expect("signal a writer");
@@ -153,10 +159,9 @@ fn killed(env: &Env) -> Outcome {
     assert!(began.elapsed() < Duration::from_secs(5));
     control(env, &volume, &["thaw"]).ok();
     fs::write(volume.path("later"), "text").expect("write to the volume");
-    assert!(
-        !volume.path("never").exists(),
-        "the dead one's file was made"
-    );
+    volume.remount(&[]);
+    let text = fs::read_to_string(volume.path("file")).expect("read");
+    assert_eq!(text, "old", "what the dead one wanted was done");
     volume.umount();
     volume.fsck_clean();
     Ok(())
@@ -446,7 +451,7 @@ fn intervals(env: &Env) -> Outcome {
     let write = write.filter(|op| op["op"] == "write");
     assert!(write.map(|op| number(op, "/p99_us")).max() > Some(0));
     let text = stats(&["-c", "2"]).ok().stdout;
-    assert_eq!(text.matches("interval 0.5 s").count(), 2, "{text}");
+    assert_eq!(text.matches("interval ").count(), 2, "{text}");
     for word in ["v1.img", "hits", "dirty", "readahead", "requests/s"] {
         assert!(text.contains(word), "{word}\n{text}");
     }
