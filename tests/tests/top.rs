@@ -19,6 +19,7 @@ fn main() -> ExitCode {
             Test::new("shows_what_happens_on_80_by_24", 120, shows),
             Test::new("keys_pause_sort_explain_and_quit", 60, keys),
             Test::new("the_terminal_is_given_back", 120, given_back),
+            Test::new("a_terminal_that_goes_away_ends_it", 60, gone),
             Test::new("any_size_will_do", 60, sizes),
             Test::new("plain_text_where_there_is_no_terminal", 60, plain),
         ],
@@ -82,6 +83,16 @@ impl Terminal {
         self.type_line("echo before-top");
         self.type_line(&format!("{bin} top -i 0.5 {place}; echo code=$?"));
         self.wait_for("measured screen", |screen| screen.contains("device "));
+    }
+
+    fn pid_of_top(&self, env: &Env, volume: &Volume<'_>) -> String {
+        let pattern = format!(
+            "^{} top -i 0.5 {}",
+            env.bin.display(),
+            volume.mountpoint.display()
+        );
+        let pid = Cmd::new("pgrep").args(["-n", "-f", &pattern]).ok();
+        pid.stdout.trim().to_owned()
     }
 
     /// The shell is there again, with its screen, its cursor and its echo.
@@ -218,10 +229,7 @@ fn given_back(env: &Env) -> Outcome {
     for (signal, code) in [("TERM", 143), ("INT", 130), ("HUP", 129)] {
         terminal.type_line("clear");
         terminal.start_top(env, &volume);
-        let pattern = format!("top -i 0.5 {}", volume.mountpoint.display());
-        let pid =
-            Cmd::new("pgrep").args(["-n", "-f", &format!("^{} {pattern}", env.bin.display())]);
-        let pid = pid.ok().stdout.trim().to_owned();
+        let pid = terminal.pid_of_top(env, &volume);
         Cmd::new("kill").arg(format!("-{signal}")).arg(pid).ok();
         terminal.expect_shell(code);
     }
@@ -234,6 +242,19 @@ fn given_back(env: &Env) -> Outcome {
     terminal.keys(&["q"]);
     terminal.expect_shell(0);
     Cmd::new("kill").arg("-CONT").arg(&daemon).ok();
+    volume.umount();
+    Ok(())
+}
+
+fn gone(env: &Env) -> Outcome {
+    let terminal = Terminal::open(env)?;
+    let mut volume = mounted(env);
+    terminal.start_top(env, &volume);
+    let pid = terminal.pid_of_top(env, &volume);
+    drop(terminal);
+    wait_until("the end of top", || {
+        !PathBuf::from(format!("/proc/{pid}")).exists()
+    });
     volume.umount();
     Ok(())
 }

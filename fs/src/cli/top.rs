@@ -5,11 +5,14 @@
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Stdout};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use ratatui::backend::CrosstermBackend;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
@@ -61,6 +64,28 @@ pub fn run(args: &TopArgs) -> Result<(), CliError> {
     let mut view = View::new(place, first);
     let end = view.follow(screen, &samples, &ended);
     end.unwrap_or_else(|error| Err(exit::system(format!("terminal: {error}"))))
+}
+
+/// As a shell tells of a program that a signal ended.
+fn ended_by(signal: Signal) -> CliError {
+    let code = u8::try_from(128 + signal as i32).unwrap_or(exit::SYSTEM);
+    CliError::new(code, "")
+}
+
+/// Waits for a key, no longer than `time`; true if the terminal is not there any more. (crossterm
+/// would go on reading from it for ever.)
+fn is_gone(time: Duration) -> io::Result<bool> {
+    let stdin = io::stdin();
+    let mut stdin = [PollFd::new(stdin.as_fd(), PollFlags::POLLIN)];
+    let time = PollTimeout::try_from(time).unwrap_or(PollTimeout::MAX);
+    match poll(&mut stdin, time) {
+        Ok(_) => {}
+        // A signal, of which the other thread tells.
+        Err(Errno::EINTR) => return Ok(false),
+        Err(error) => return Err(error.into()),
+    }
+    let gone = PollFlags::POLLHUP | PollFlags::POLLERR | PollFlags::POLLNVAL;
+    Ok(stdin[0].revents().is_some_and(|seen| seen.intersects(gone)))
 }
 
 /// Signals that ask to end come by a channel.
@@ -204,8 +229,11 @@ impl View {
         screen.0.draw(|frame| self.draw(frame))?;
         loop {
             let mut step = Step::Stay;
-            if event::poll(LOOK)? {
-                step = self.take_event(&event::read()?);
+            if is_gone(LOOK)? {
+                return Ok(Err(ended_by(Signal::SIGHUP)));
+            }
+            while event::poll(Duration::ZERO)? {
+                step = step.max_with(self.take_event(&event::read()?));
             }
             match samples.try_recv() {
                 Ok(Ok(sample)) => {
@@ -216,9 +244,7 @@ impl View {
                 Err(TryRecvError::Empty | TryRecvError::Disconnected) => {}
             }
             if let Ok(signal) = ended.try_recv() {
-                // As a shell tells of a program that a signal ended.
-                let code = u8::try_from(128 + signal as i32).unwrap_or(exit::SYSTEM);
-                return Ok(Err(CliError::new(code, "")));
+                return Ok(Err(ended_by(signal)));
             }
             match step {
                 Step::Stay => {}
