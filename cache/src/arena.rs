@@ -226,6 +226,7 @@ impl Frame {
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: the part is mapped and initialised (the mapping began as zeros); writing needs
         // the only handle by `&mut`, and a device reads only into lent frames, which have no
+        // `Frame` that anyone can reach.
         unsafe { std::slice::from_raw_parts(self.ptr().as_ptr(), self.len()) }
     }
 
@@ -267,6 +268,7 @@ impl Frame {
         part
     }
 
+    /// `count` pages from page `first` of this part, as memory for an I/O. Whoever uses it keeps
     /// a handle, or keeps the frame lent.
     pub fn run(&self, first: u64, count: u64) -> PageRun {
         assert!(count > 0 && first + count <= 1 << self.order);

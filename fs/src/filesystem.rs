@@ -403,6 +403,7 @@ impl FileSystem {
         Ok(self.adopt_orphans()?)
     }
 
+    /// `ROFS` where nothing may change. Waits for the thaw of a frozen file system: call it without
     /// locks and without a pass.
     pub(crate) fn check_writable(&self) -> Result<(), Errno> {
         self.freezer.wait_open();

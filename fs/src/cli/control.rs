@@ -18,7 +18,6 @@
 //! | `scrub pause`, `scrub cancel` | `ok` |
 //! | `wait` | `waiting` at once; `ok` when the daemon has ended after an unmount |
 //!
-//!
 //! A device number belongs to one mount at a time, so whatever lies at its path when a mount begins
 //! is left over from an earlier one.
 
@@ -41,7 +40,7 @@ use parking_lot::{Condvar, Mutex};
 use crate::fuse::MountHandle;
 use answer::answer;
 pub use answer::{Settings, scrub_refusal};
-pub use client::{Patience, Waiting, ask, connect, reach, told};
+pub use client::{Patience, Waiting, ask, connect, reach, told, told_json};
 
 /// Most connections at a time.
 const CONNECTIONS_MAX: usize = 64;

@@ -59,9 +59,7 @@ fn mounted(place: &Path, text: Option<&str>) -> Result<(), CliError> {
         let words = format!("label {}", json!(text));
         return control::told(place, &stream, &words, Patience::Long).map(drop);
     }
-    let line = control::told(place, &stream, "get", Patience::Short)?;
-    let view: Value = serde_json::from_str(&line)
-        .map_err(|error| exit::usage(format!("{}: unexpected answer: {error}", place.display())))?;
+    let view: Value = control::told_json(place, &stream, "get")?;
     print::text(&format!("{}\n", view["label"].as_str().unwrap_or_default()))
 }
 

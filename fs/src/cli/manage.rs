@@ -67,7 +67,7 @@ pub fn run(args: &ControlArgs) -> Result<(), CliError> {
     let say = |words: &str, patience| control::told(&entry.mount_point, &stream, words, patience);
     match args.action {
         Action::Get => {
-            let view = look(&say("get", Patience::Short)?)?;
+            let view: Value = control::told_json(&entry.mount_point, &stream, "get")?;
             match args.json {
                 true => print::json(&view),
                 false => print::text(&table::render(&view)),
@@ -149,18 +149,12 @@ fn settings(words: &[String]) -> Result<Settings, CliError> {
     Ok(settings)
 }
 
-fn look(line: &str) -> Result<Value, CliError> {
-    serde_json::from_str(line)
-        .map_err(|error| exit::usage(format!("unexpected answer of the daemon: {error}")))
-}
-
 /// Has the kernel hand over what it has cached of writes: with `cache=writeback` there may be some.
 /// Not on a frozen file system, where that would wait for the thaw.
 fn hand_over(entry: &MountEntry) -> Result<(), CliError> {
     let place = &entry.mount_point;
     let frozen = control::connect(entry)
-        .and_then(|stream| control::ask(&stream, "get", Patience::Short).ok()?.ok())
-        .and_then(|line| look(&line).ok())
+        .and_then(|stream| control::told_json::<Value>(place, &stream, "get").ok())
         .is_some_and(|view| view["frozen"] == true);
     if frozen {
         return Ok(());

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::control::{self, Patience};
+use super::control;
 use super::exit::{self, CliError};
 use super::print;
 use super::rates::{self, Interval, Sample};
@@ -63,10 +63,7 @@ pub fn run(args: &StatsArgs) -> Result<(), CliError> {
 /// What the daemon of a mount answers.
 pub fn ask<T: DeserializeOwned>(place: &Path, words: &str) -> Result<T, CliError> {
     let (entry, stream) = control::reach(place)?;
-    let place = &entry.mount_point;
-    let line = control::told(place, &stream, words, Patience::Short)?;
-    serde_json::from_str(&line)
-        .map_err(|error| exit::usage(format!("{}: unexpected answer: {error}", place.display())))
+    control::told_json(&entry.mount_point, &stream, words)
 }
 
 /// Prints each interval, as plain text or as lines of JSON, until there is nobody to read it.

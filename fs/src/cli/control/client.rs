@@ -7,6 +7,8 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde::de::DeserializeOwned;
+
 use super::super::devices::io_text;
 use super::super::exit::{self, CliError};
 use super::super::umount;
@@ -74,6 +76,17 @@ pub fn told(
     let answer = ask(stream, words, patience)
         .map_err(|error| exit::usage(format!("{}: {}", place.display(), io_text(&error))))?;
     answer.map_err(|error| exit::usage(format!("{}: {error}", place.display())))
+}
+
+/// The same of what it only has to look for, and says in JSON.
+pub fn told_json<T: DeserializeOwned>(
+    place: &Path,
+    stream: &UnixStream,
+    words: &str,
+) -> Result<T, CliError> {
+    let line = told(place, stream, words, Patience::Short)?;
+    serde_json::from_str(&line)
+        .map_err(|error| exit::usage(format!("{}: unexpected answer: {error}", place.display())))
 }
 
 /// A connection on which the daemon will say how the unmount went.
