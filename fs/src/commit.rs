@@ -218,7 +218,7 @@ impl FileSystem {
                     log::error!("no commit until {name} answers: changes stay in memory");
                 }
                 silent = now_silent;
-            } else {
+            } else if asked {
                 self.end_empty();
             }
             drop(may_commit);
@@ -350,5 +350,31 @@ impl FileSystem {
         }
         drop(state);
         self.committer.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fuzzing::{assemble, options, single};
+
+    /// Who changed something after the thread had looked, and waits for the next commit, must not be
+    /// told that this was it.
+    #[test]
+    fn finding_nothing_to_do_is_no_commit() {
+        let volume = assemble(&single(), false).expect("a sound volume");
+        let fs = FileSystem::mount(volume, options(false)).expect("mount");
+        fs.sync().expect("a commit");
+        let closed = || fs.committer.state.lock().closed;
+        let before = closed();
+        fs.set_commit_interval(Duration::from_millis(1));
+        // The new interval counts from the next commit on, which it asks for.
+        while closed() == before {
+            std::thread::yield_now();
+        }
+        let before = closed();
+        std::thread::sleep(Duration::from_millis(100));
+        assert_eq!(closed(), before);
+        fs.unmount().expect("unmount");
     }
 }
