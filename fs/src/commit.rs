@@ -358,8 +358,8 @@ mod tests {
     use super::*;
     use crate::fuzzing::{assemble, options, single};
 
-    /// Who changed something after the thread had looked, and waits for the next commit, must not be
-    /// told that this was it.
+    /// Who changed something after the thread had looked, and waits for the next commit, must not
+    /// be told that this was it.
     #[test]
     fn finding_nothing_to_do_is_no_commit() {
         let volume = assemble(&single(), false).expect("a sound volume");
