@@ -20,6 +20,10 @@ pub const LABEL_LEN: usize = 4096;
 pub const LABEL_OFFSETS: [u64; 2] = [0, 512 << 10];
 /// Where the chunk tables live, by slot.
 pub const TABLE_OFFSETS: [u64; 2] = [64 << 10, 576 << 10];
+/// Where the journal lives on each member that has a part of it: behind each label.
+pub(crate) const JOURNAL_OFFSETS: [u64; 2] = [4 << 10, 516 << 10];
+/// Bytes of each of these places.
+pub(crate) const JOURNAL_LEN: usize = 60 << 10;
 /// Room for a chunk table.
 pub const TABLE_LEN_MAX: usize = 448 << 10;
 /// Where chunks may start.
@@ -36,8 +40,11 @@ pub const STRIPE_UNIT_MAX: u32 = 16 << 20;
 /// Offset of the checksum in label and table alike: right after the magic.
 pub(crate) const CRC_AT: usize = 8;
 
-/// Features that a reader must know. None is defined yet; nor is one that only a writer must.
-const INCOMPAT_KNOWN: u64 = 0;
+/// There is a journal, and what it holds counts.
+pub(crate) const INCOMPAT_JOURNAL: u64 = 1;
+
+/// Features that a reader must know. One that only a writer must know is not defined yet.
+const INCOMPAT_KNOWN: u64 = INCOMPAT_JOURNAL;
 
 /// The slot of a generation.
 pub(crate) fn slot_of(generation: u64) -> usize {
@@ -49,6 +56,7 @@ pub(crate) fn slot_of(generation: u64) -> usize {
 pub(crate) struct Label {
     pub generation: u64,
     pub ro_compat: u64,
+    pub incompat: u64,
     pub fs_uuid: [u8; 16],
     pub device_uuid: [u8; 16],
     pub device_index: u16,
@@ -139,7 +147,7 @@ impl Label {
             .u64(self.generation)
             .u64(0) // compatible features
             .u64(self.ro_compat)
-            .u64(0) // incompatible features
+            .u64(self.incompat)
             .bytes(&self.fs_uuid)
             .bytes(&self.device_uuid)
             .u16(self.device_index)
@@ -222,6 +230,7 @@ impl Label {
         Ok(Label {
             generation,
             ro_compat,
+            incompat,
             fs_uuid,
             device_uuid,
             device_index,
@@ -291,6 +300,7 @@ mod tests {
         Label {
             generation: 7,
             ro_compat: 0,
+            incompat: INCOMPAT_JOURNAL,
             fs_uuid: [1; 16],
             device_uuid: [2; 16],
             device_index: 1,

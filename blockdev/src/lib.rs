@@ -57,6 +57,6 @@ pub use stats::{DirectionStats, Histogram, QueueStats, VolumeStats};
 pub use table::TableError;
 pub use units::{BLOCK_SIZE, PAGE_SIZE, VolBlock};
 pub use volume::{
-    Chunk, ChunkKind, ChunkMember, Class, DeviceInfo, DiscardError, FormatOptions, LabelFault,
-    Plug, Profile, Volume, VolumeError, VolumeErrorKind, VolumeInfo,
+    Chunk, ChunkKind, ChunkMember, Class, DeviceInfo, DiscardError, FormatOptions, JournalCopies,
+    LabelFault, Plug, Profile, Volume, VolumeError, VolumeErrorKind, VolumeInfo,
 };

@@ -6,6 +6,7 @@
 mod describe;
 mod discard;
 mod elect;
+mod journal;
 mod labels;
 mod map;
 mod plug;
@@ -17,6 +18,7 @@ mod types;
 mod wait;
 
 pub use discard::DiscardError;
+pub use journal::JournalCopies;
 pub use labels::LabelFault;
 pub use plug::Plug;
 pub use types::*;
@@ -25,7 +27,7 @@ use crate::completion::FlushDone;
 use crate::device::BlockDevice;
 use crate::error::{BlockError, ErrorKind, Op};
 use crate::kiobuf::{InDoubt, Leg, View};
-use crate::label::{DEVICE_BYTES_MIN, DEVICES_MAX, is_stripe_unit};
+use crate::label::{DEVICE_BYTES_MIN, DEVICES_MAX, INCOMPAT_JOURNAL, is_stripe_unit};
 use crate::pages::PageRun;
 use crate::queue::{DeviceQueue, FlushFanIn, FlushTicket, ReadFallback, Watchdog};
 use crate::request::Parts;
@@ -129,6 +131,7 @@ impl Volume {
             text: options.label.clone().into(),
             stripe_unit_bytes: options.stripe_unit_bytes,
             ro_compat: 0,
+            incompat: INCOMPAT_JOURNAL,
             device_uuids: uuids.map_err(block_error)?,
             sizes: devices.iter().map(|device| device.size_bytes()).collect(),
         };

@@ -25,16 +25,19 @@
 //! durable state. It is *converted* until that changes, and not written in place so long.
 
 mod parked;
+mod space_log;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use braidfs_blockdev::{BLOCK_SIZE, Chunk, ChunkKind, InDoubt, Volume, VolumeErrorKind};
 use parking_lot::{Condvar, Mutex};
-use redb::ReadableTable;
 
 use crate::Errno;
 use parked::Parked;
+
+use space_log::corrupted;
+pub(crate) use space_log::{FREE_KNOWN_CHUNK_KEY, SpaceLog};
 
 /// Runs of blocks: start -> length, disjoint, never adjacent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -108,7 +111,7 @@ impl RunSet {
     }
 
     /// Whether any of `len` blocks at `start` is in the set.
-    fn overlaps(&self, start: u64, len: u64) -> bool {
+    pub(crate) fn overlaps(&self, start: u64, len: u64) -> bool {
         let run = self.runs.range(..start + len).next_back();
         run.is_some_and(|(run, run_len)| run + run_len > start)
     }
@@ -123,114 +126,6 @@ impl RunSet {
 
     fn is_empty(&self) -> bool {
         self.runs.is_empty()
-    }
-}
-
-/// What one transaction group did to the free space.
-#[derive(Debug, Default)]
-pub(crate) struct SpaceLog {
-    /// New chunks: start, length; and the highest chunk id among them.
-    added: Vec<(u64, u64)>,
-    known_chunk: Option<u32>,
-    allocated: RunSet,
-    freed: Vec<(u64, u64)>,
-    /// Data in the durable state, set aside in this one.
-    converted: Vec<(u64, u64)>,
-}
-
-/// Key in the free table whose value is the highest data chunk id that the table accounts for.
-pub(crate) const FREE_KNOWN_CHUNK_KEY: u64 = u64::MAX;
-
-fn corrupted(what: &str, start: u64, len: u64) -> redb::Error {
-    redb::Error::Corrupted(format!("free space: {what} blocks {start}+{len}"))
-}
-
-fn remove_free(
-    table: &mut redb::Table<'_, u64, u64>,
-    start: u64,
-    len: u64,
-) -> Result<(), redb::Error> {
-    let run = table.range(..=start)?.next_back().transpose()?;
-    let Some((run, run_len)) = run.map(|(k, v)| (k.value(), v.value())) else {
-        return Err(corrupted("allocated but not free:", start, len));
-    };
-    if run.checked_add(run_len).is_none_or(|end| end < start + len) {
-        return Err(corrupted("allocated but not free:", start, len));
-    }
-    table.remove(run)?;
-    if run < start {
-        table.insert(run, start - run)?;
-    }
-    if start + len < run + run_len {
-        table.insert(start + len, run + run_len - start - len)?;
-    }
-    Ok(())
-}
-
-fn insert_free(
-    table: &mut redb::Table<'_, u64, u64>,
-    start: u64,
-    len: u64,
-) -> Result<(), redb::Error> {
-    let (mut from, mut to) = (start, start + len);
-    let before = table.range(..start)?.next_back().transpose()?;
-    let before = before.map(|(k, v)| (k.value(), v.value()));
-    if let Some((run, run_len)) = before {
-        if run + run_len > start {
-            return Err(corrupted("freed twice:", start, len));
-        }
-        if run + run_len == start {
-            from = run;
-        }
-    }
-    let after = table
-        .range(start..FREE_KNOWN_CHUNK_KEY)?
-        .next()
-        .transpose()?;
-    let after = after.map(|(k, v)| (k.value(), v.value()));
-    if let Some((run, run_len)) = after {
-        if run < to {
-            return Err(corrupted("freed twice:", start, len));
-        }
-        if run == to {
-            to = run + run_len;
-            table.remove(run)?;
-        }
-    }
-    table.insert(from, to - from)?;
-    Ok(())
-}
-
-impl SpaceLog {
-    pub(crate) fn is_empty(&self) -> bool {
-        self.added.is_empty() && self.allocated.is_empty() && self.freed.is_empty()
-    }
-
-    /// Carries the changes over to the table of the durable state.
-    pub(crate) fn apply(&self, table: &mut redb::Table<'_, u64, u64>) -> Result<(), redb::Error> {
-        for &(start, len) in &self.added {
-            insert_free(table, start, len)?;
-        }
-        for (start, len) in self.allocated.iter() {
-            remove_free(table, start, len)?;
-        }
-        for &(start, len) in &self.freed {
-            insert_free(table, start, len)?;
-        }
-        if let Some(id) = self.known_chunk {
-            table.insert(FREE_KNOWN_CHUNK_KEY, u64::from(id))?;
-        }
-        Ok(())
-    }
-
-    /// Blocks that become usable once the group is durable.
-    pub(crate) fn freed(&self) -> &[(u64, u64)] {
-        &self.freed
-    }
-
-    /// Whether blocks may be written again once the group is durable and its readers are gone.
-    pub(crate) fn releases(&self) -> bool {
-        !self.freed.is_empty() || !self.converted.is_empty()
     }
 }
 
@@ -556,6 +451,11 @@ impl Allocator {
         assert!(fresh, "a block is handed out once between two commits");
     }
 
+    /// Blocks that were set aside have data now, in the open group.
+    pub(crate) fn note_filled(&self, start: u64, len: u64) {
+        self.inner.lock().log.filled.push((start, len));
+    }
+
     /// Blocks with data are only set aside now, in the open group.
     pub(crate) fn note_converted(&self, start: u64, len: u64) {
         let mut inner = self.inner.lock();
@@ -754,7 +654,7 @@ mod tests {
                         for (start, len) in std::mem::take(&mut log).freed {
                             prop_assert!(map.insert(start, len));
                         }
-                        use redb::ReadableDatabase;
+                        use redb::{ReadableDatabase, ReadableTable};
                         let read = db.begin_read().unwrap();
                         let table: Vec<_> = read.open_table(T).unwrap().iter().unwrap()
                             .map(|e| { let (k, v) = e.unwrap(); (k.value(), v.value()) }).collect();

@@ -1,18 +1,24 @@
 //! Commits: when, in which order, and who waits for them.
 //!
-//! One thread commits. A commit
+//! Who waits for a commit does it himself, unless one is under way; a thread does those that nobody
+//! waits for. A whole commit
 //! 1. writes back what is dirty while operations go on,
 //! 2. closes the gate and writes back the rest, so that the data of every operation so far is on
 //!    the devices and mapped,
 //! 3. encodes the dirty inodes and freezes the group: a prefix of the history,
 //! 4. opens the gate,
-//! 5. applies the group to redb and commits it. redb syncs before it moves its root, and that
-//!    sync flushes the devices, so data is durable before anything points to it,
-//! 6. waits for those who still read blocks that the group freed, and hands these out again.
+//! 5. applies the group, and those in the journal, to redb and commits it. redb syncs before it
+//!    moves its root, and that sync flushes the devices, so data is durable before anything points
+//!    to it,
+//! 6. waits for those who still read blocks that these groups freed, and hands these out again.
+//!
+//! For fsync a group only has to be durable: if it is small it goes into the journal instead (see
+//! [`crate::meta::journal`]), with one flush. The blocks that it freed wait for the next whole
+//! commit, since until then a damaged journal would bring their owners back.
 //!
 //! Those who wait (fsync, ENOSPC, unmount) share a commit: each needs one whose gate closed after
 //! its call. A commit that fails leaves the durable state as it was and turns the file system
-//! read-only; the waiters get EIO.
+//! read-only; the waiters get EIO. If only writing the journal fails, a whole commit follows.
 //!
 //! While a device does not answer no commit is begun, since it would fail: who waits for one gets
 //! EIO, and the changes stay in memory until the device answers again.
@@ -23,9 +29,10 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use braidfs_cache::SpaceClass;
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::Errno;
+use crate::alloc::SpaceLog;
 use crate::filesystem::FileSystem;
 
 /// Step 1 is repeated while more than this is dirty, to keep step 2 short.
@@ -48,16 +55,22 @@ struct State {
     ended: u64,
     /// The last of them that ended well.
     good: u64,
-    /// Somebody waits for a commit beyond this count of `closed`.
-    wanted: u64,
+    /// Somebody wants a whole commit beyond this count of `closed`.
+    wanted_whole: u64,
+    /// Somebody commits.
+    is_busy: bool,
+    /// A device that did not answer when a commit was due, so that it is told once.
+    silent: Option<u16>,
     stop: bool,
 }
 
 /// Counters of the transaction groups.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
 pub struct TxgStats {
-    /// Commits so far.
+    /// Commits so far, into the journal and whole.
     pub commits: u64,
+    /// Those that went into the journal.
+    pub journaled: u64,
     /// Commits that failed.
     pub failures: u64,
     /// Commits that were not begun because a device did not answer.
@@ -82,11 +95,16 @@ pub struct TxgStats {
 #[derive(Default)]
 pub(crate) struct Committer {
     state: Mutex<State>,
-    changed: Condvar,
+    /// A commit has ended.
+    ended: Condvar,
+    /// The committing thread has something to do.
+    nudged: Condvar,
     /// Number of the open group, from 1.
     open_group: AtomicU64,
     /// Number of the last durable group.
     durable_group: AtomicU64,
+    /// What the groups in the journal did to the free space.
+    journaled: Mutex<SpaceLog>,
     stats: Mutex<TxgStats>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -110,10 +128,16 @@ impl Committer {
         self.threads.lock().extend(threads);
     }
 
-    /// Ends the committing thread, without a last commit, and waits for all threads.
+    /// Ends committing, without a last commit, and waits for all threads.
     pub(crate) fn stop(&self) {
-        self.state.lock().stop = true;
-        self.changed.notify_all();
+        let mut state = self.state.lock();
+        state.stop = true;
+        self.nudged.notify_all();
+        self.ended.notify_all();
+        while state.is_busy {
+            self.ended.wait(&mut state);
+        }
+        drop(state);
         let threads = std::mem::take(&mut *self.threads.lock());
         for thread in threads {
             // A thread may be the one that drops the file system.
@@ -127,10 +151,19 @@ impl Committer {
     pub(crate) fn nudge(&self) {
         let mut state = self.state.lock();
         let wanted = state.closed + 1;
-        if state.wanted < wanted {
-            state.wanted = wanted;
+        if state.wanted_whole < wanted {
+            state.wanted_whole = wanted;
             drop(state);
-            self.changed.notify_all();
+            self.nudged.notify_all();
+        }
+    }
+
+    /// The commits so far have ended.
+    fn end(&self, is_good: bool) {
+        let mut state = self.state.lock();
+        state.ended = state.closed;
+        if is_good {
+            state.good = state.closed;
         }
     }
 }
@@ -140,16 +173,31 @@ fn micros(time: Duration) -> u64 {
 }
 
 impl FileSystem {
-    /// Waits until everything done so far is durable. Call it without a pass and without locks.
+    /// Waits until everything done so far is durable, in redb, and what was freed may be used
+    /// again. Call it without a pass and without locks.
     pub(crate) fn commit_now(&self) -> Result<(), Errno> {
+        self.wait_for_commit(true)
+    }
+
+    /// Waits until everything done so far is durable. Call it without a pass and without locks.
+    pub(crate) fn commit_durably(&self) -> Result<(), Errno> {
+        self.wait_for_commit(false)
+    }
+
+    fn wait_for_commit(&self, whole: bool) -> Result<(), Errno> {
         let committer = &self.committer;
         committer.stats.lock().waiters += 1;
         let mut state = committer.state.lock();
         let mine = state.closed + 1;
-        state.wanted = state.wanted.max(mine);
-        committer.changed.notify_all();
+        if whole {
+            state.wanted_whole = state.wanted_whole.max(mine);
+        }
         while state.ended < mine && !state.stop {
-            committer.changed.wait(&mut state);
+            if state.is_busy {
+                committer.ended.wait(&mut state);
+            } else {
+                self.commit(&mut state, true);
+            }
         }
         if state.good < mine {
             return Err(Errno::IO);
@@ -188,44 +236,58 @@ impl FileSystem {
     pub(crate) fn run_commits(&self) {
         let committer = &self.committer;
         let mut swept = Instant::now();
-        // A device that did not answer when a commit was due, so that it is told once.
-        let mut silent = None;
+        let mut state = committer.state.lock();
         loop {
             let deadline = Instant::now() + self.commit_interval();
-            let mut state = committer.state.lock();
-            while !state.stop && state.wanted <= state.closed {
-                if committer
-                    .changed
-                    .wait_until(&mut state, deadline)
-                    .timed_out()
-                {
+            while !state.stop && (state.is_busy || state.wanted_whole <= state.closed) {
+                let late = committer.nudged.wait_until(&mut state, deadline);
+                if late.timed_out() {
                     break;
                 }
+            }
+            while state.is_busy {
+                committer.ended.wait(&mut state);
             }
             if state.stop {
                 return;
             }
-            let asked = state.wanted > state.closed;
-            drop(state);
+            let asked = state.wanted_whole > state.closed;
+            self.commit(&mut state, asked);
+            if swept.elapsed() >= SWEEP_INTERVAL {
+                MutexGuard::unlocked(&mut state, || self.inodes.sweep());
+                swept = Instant::now();
+            }
+        }
+    }
+
+    /// Commits, if anybody asked for it or anything has changed. Nobody else does.
+    fn commit(&self, state: &mut MutexGuard<'_, State>, asked: bool) {
+        state.is_busy = true;
+        let silent = MutexGuard::unlocked(state, || {
             let may_commit = self.freezer.begin_commit();
             if may_commit.is_some() {
                 self.meta.mend_now();
             }
-            if may_commit.is_some() && !self.is_read_only() && (asked || self.is_changed()) {
-                let now_silent = self.commit_or_refuse();
-                if let Some(device) = now_silent.filter(|_| silent != now_silent) {
-                    let name = self.volume.device_name(device);
-                    log::error!("no commit until {name} answers: changes stay in memory");
+            let is_due = || asked || self.is_changed() || self.store.has_journaled();
+            if may_commit.is_none() || self.is_read_only() || !is_due() {
+                if asked {
+                    self.end_empty();
                 }
-                silent = now_silent;
-            } else if asked {
-                self.end_empty();
+                return None;
             }
-            drop(may_commit);
-            if swept.elapsed() >= SWEEP_INTERVAL {
-                self.inodes.sweep();
-                swept = Instant::now();
+            Some(self.commit_or_refuse(asked))
+        });
+        state.is_busy = false;
+        if let Some(now_silent) = silent {
+            if let Some(device) = now_silent.filter(|_| state.silent != now_silent) {
+                let name = self.volume.device_name(device);
+                log::error!("no commit until {name} answers: changes stay in memory");
             }
+            state.silent = now_silent;
+        }
+        self.committer.ended.notify_all();
+        if state.wanted_whole > state.closed {
+            self.committer.nudged.notify_all();
         }
     }
 
@@ -238,16 +300,12 @@ impl FileSystem {
     }
 
     fn end_empty(&self) {
-        let mut state = self.committer.state.lock();
-        state.closed += 1;
-        state.ended = state.closed;
-        state.good = state.closed;
-        drop(state);
-        self.committer.changed.notify_all();
+        self.committer.state.lock().closed += 1;
+        self.committer.end(true);
     }
 
-    /// The device because of which there was no commit.
-    fn commit_or_refuse(&self) -> Option<u16> {
+    /// The device because of which there was no commit. If nobody asked for it, it is a whole one.
+    fn commit_or_refuse(&self, asked: bool) -> Option<u16> {
         if self.failed.load(Ordering::SeqCst) {
             self.end_empty();
             return None;
@@ -258,14 +316,11 @@ impl FileSystem {
         }
         let silent = self.volume.silent_device();
         match silent {
-            None => self.commit_once(began),
+            None => self.commit_once(began, asked),
             Some(_) => {
                 self.committer.stats.lock().refusals += 1;
-                let mut state = self.committer.state.lock();
-                state.closed += 1;
-                state.ended = state.closed;
-                drop(state);
-                self.committer.changed.notify_all();
+                self.committer.state.lock().closed += 1;
+                self.committer.end(false);
             }
         }
         silent
@@ -284,9 +339,13 @@ impl FileSystem {
         }
     }
 
-    fn commit_once(&self, began: Instant) {
+    fn commit_once(&self, began: Instant, asked: bool) {
         let atimes_room = self.room_for_atimes();
-        self.committer.state.lock().closed += 1;
+        let whole = {
+            let mut state = self.committer.state.lock();
+            state.closed += 1;
+            !asked || state.wanted_whole >= state.closed
+        };
         let closing = Instant::now();
         self.gate.close();
         self.cache.flush_all(SpaceClass::Data);
@@ -299,29 +358,21 @@ impl FileSystem {
             self.encode_dirty();
         }
         let group_bytes = self.store.open_bytes() as u64;
-        let log = Arc::new(self.space.freeze());
+        let log = self.space.freeze();
         self.store.freeze();
         let group = self.committer.open_group.fetch_add(1, Ordering::SeqCst) + 1;
         drop(mapping);
         self.gate.open();
         let gate_us = micros(closing.elapsed());
 
-        let result = if changed {
-            self.store.commit(&log)
+        let result = if changed || whole && self.store.has_journaled() {
+            self.commit_frozen(log, whole)
         } else {
-            self.store.forget_frozen()
+            self.store.forget_frozen();
+            Ok(())
         };
         match &result {
-            Ok(()) => {
-                self.committer.durable_group.store(group, Ordering::SeqCst);
-                if log.releases() {
-                    self.epoch.synchronize();
-                    if self.options.discard {
-                        self.discard_freed(&log);
-                    }
-                    self.space.release(&log);
-                }
-            }
+            Ok(()) => self.committer.durable_group.store(group, Ordering::SeqCst),
             Err(error) => {
                 self.failed.store(true, Ordering::SeqCst);
                 log::error!(
@@ -343,13 +394,43 @@ impl FileSystem {
             stats.gate_us_max = stats.gate_us_max.max(gate_us);
             stats.group_bytes_last = group_bytes;
         }
-        let mut state = self.committer.state.lock();
-        state.ended = state.closed;
-        if result.is_ok() {
-            state.good = state.closed;
+        self.committer.end(result.is_ok());
+    }
+
+    /// Makes the frozen group durable, in the journal if it need not be whole.
+    fn commit_frozen(&self, log: SpaceLog, whole: bool) -> Result<(), redb::Error> {
+        if !whole && self.journal_frozen(&log) {
+            self.store.note_journaled();
+            self.committer.journaled.lock().append(log);
+            self.committer.stats.lock().journaled += 1;
+            return Ok(());
         }
-        drop(state);
-        self.committer.changed.notify_all();
+        let mut all = std::mem::take(&mut *self.committer.journaled.lock());
+        all.append(log);
+        let log = Arc::new(all);
+        let base = self.journal.next_base();
+        self.store.commit(&log, base)?;
+        self.journal.restart(base);
+        if log.releases() {
+            self.epoch.synchronize();
+            if self.options.discard {
+                self.discard_freed(&log);
+            }
+            self.space.release(&log);
+        }
+        Ok(())
+    }
+
+    /// Writes the frozen group into the journal; false if it has to be committed whole.
+    fn journal_frozen(&self, log: &SpaceLog) -> bool {
+        let Some(record) = self.store.encode_frozen(log) else {
+            return false;
+        };
+        self.journal.append(&record).unwrap_or_else(|error| {
+            let name = self.volume.device_name(error.dev);
+            log::warn!("{name}: the journal cannot be written ({error}); committing without it");
+            false
+        })
     }
 }
 

@@ -60,6 +60,7 @@ impl FileSystem {
         };
         if replaced.kept == extent.len {
             self.space.unreserve(extent.len);
+            self.space.note_filled(extent.block, extent.len);
         } else {
             self.space.note_mapped(extent.block, extent.len);
         }

@@ -283,7 +283,7 @@ impl FileSystem {
         {
             return Ok(());
         }
-        self.commit_now()
+        self.commit_durably()
     }
 
     /// Reads up to `len` bytes at `offset`. `direct`: the caller wants the device's bytes without

@@ -17,6 +17,7 @@ use crate::commit::{Committer, TxgStats};
 use crate::freeze::Freezer;
 use crate::inode::{Inode, InodeTable};
 use crate::meta::backend::MetaFile;
+use crate::meta::journal::Journal;
 use crate::meta::mirrors::MetaStats;
 use crate::meta::records::{InodeRecord, decode_u64, ino_key};
 use crate::meta::store::{Store, Table};
@@ -70,6 +71,7 @@ pub struct FileSystem {
     pub(crate) volume: Arc<Volume>,
     pub(crate) cache: Arc<Cache>,
     pub(crate) store: Store,
+    pub(crate) journal: Journal,
     pub(crate) meta: Arc<MetaFile>,
     pub(crate) space: Allocator,
     pub(crate) gate: Arc<Gate>,
@@ -206,10 +208,12 @@ impl FileSystem {
             }
         };
         let parts = Store::open(meta.storage()).and_then(|store| {
+            let replayed = store.replay(&volume)?;
+            let journal = Journal::new(Arc::clone(&volume), replayed.base);
             let space = Allocator::load(Arc::clone(&volume), |each| store.scan_free(each))?;
-            Ok((store, space))
+            Ok((store, journal, space))
         });
-        let (store, space) = match parts {
+        let (store, journal, space) = match parts {
             Ok(parts) => parts,
             Err(error) => {
                 cache.shutdown();
@@ -232,6 +236,7 @@ impl FileSystem {
             volume,
             cache,
             store,
+            journal,
             meta,
             space,
             gate: Arc::default(),
@@ -399,6 +404,7 @@ impl FileSystem {
             self.meta.begin_again_to_write()?;
             Ok(self.meta.storage())
         })?;
+        self.journal.restart(self.store.replay(&self.volume)?.base);
         self.read_only.store(false, Ordering::Release);
         Ok(self.adopt_orphans()?)
     }

@@ -167,7 +167,7 @@ impl FileSystem {
         const DURABLE: u32 = FLAG_SYNC | FLAG_DIRSYNC;
         let asked = |dir: &&Arc<Inode>| dir.state.lock().attr.flags & DURABLE != 0;
         if self.options.sync || dirs.iter().any(asked) {
-            self.commit_now()?;
+            self.commit_durably()?;
         }
         Ok(())
     }
@@ -175,7 +175,7 @@ impl FileSystem {
     /// After a change of an inode: durable where that was asked for. Call it without a pass.
     pub(crate) fn end_change(&self, inode: &Inode) -> Result<(), Errno> {
         if self.options.sync || inode.is_sync() {
-            self.commit_now()?;
+            self.commit_durably()?;
         }
         Ok(())
     }

@@ -171,7 +171,7 @@ impl FileSystem {
             return Ok(());
         }
         self.reclaim_all();
-        if self.is_changed() {
+        if self.is_changed() || self.store.has_journaled() {
             self.commit_now()?;
             if self.has_meta_room(least_bytes)? {
                 return Ok(());
@@ -194,7 +194,8 @@ impl FileSystem {
     /// Commits when the open group would soon need more room than metadata has. Every change asks
     /// here, deletions too, so the group never gets there.
     pub(crate) fn balance_meta_room(&self) -> Result<(), Errno> {
-        if !self.has_ample_meta_room() && self.is_changed() && !self.has_meta_room(0)? {
+        let has_more = || self.is_changed() || self.store.has_journaled();
+        if !self.has_ample_meta_room() && has_more() && !self.has_meta_room(0)? {
             self.commit_now()?;
         }
         Ok(())

@@ -40,7 +40,7 @@ fn main() -> ExitCode {
     )
 }
 
-/// A mounted volume with a large file and a small one; all of it is on the devices.
+/// A mounted volume with a large file and a small one; all of it is on the devices, and in tables.
 fn filled<'e>(env: &'e Env, name: &str) -> Volume<'e> {
     let mut volume = Volume::format(env, name, &[128 * MIB; 2], &[]);
     volume.mount(&[]);
@@ -51,6 +51,8 @@ fn filled<'e>(env: &'e Env, name: &str) -> Volume<'e> {
         let file = File::open(volume.path(name)).expect("open a file");
         file.sync_all().expect("fsync");
     }
+    let control = env.braidfs().arg("control").arg(&volume.mountpoint);
+    control.arg("sync").ok();
     volume
 }
 

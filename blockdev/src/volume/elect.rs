@@ -153,6 +153,9 @@ pub(super) fn elect(devices: Vec<Device>) -> Result<Elected, VolumeError> {
         ro_compat: members
             .iter()
             .fold(0, |flags, member| flags | member.label.ro_compat),
+        incompat: members
+            .iter()
+            .fold(0, |flags, member| flags | member.label.incompat),
         device_uuids: members
             .iter()
             .map(|member| member.label.device_uuid)

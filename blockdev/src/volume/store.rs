@@ -24,6 +24,7 @@ pub(super) struct Identity {
     pub text: RwLock<String>,
     pub stripe_unit_bytes: u32,
     pub ro_compat: u64,
+    pub incompat: u64,
     pub device_uuids: Vec<[u8; 16]>,
     pub sizes: Vec<u64>,
 }
@@ -37,6 +38,7 @@ impl Identity {
         Label {
             generation: state.generation,
             ro_compat: self.ro_compat,
+            incompat: self.incompat,
             fs_uuid: self.fs_uuid,
             device_uuid: self.device_uuids[dev],
             device_index: u16::try_from(dev).expect("bounded by DEVICES_MAX"),

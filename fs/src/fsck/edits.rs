@@ -76,12 +76,15 @@ impl Edits {
             .as_ref()
             .map(|salvage| salvage.all_losses().map(|(_, loss)| loss).collect());
         let space = self.space;
-        session
-            .store()?
-            .mend(salvage, self.tables, move |table| match &space {
+        session.store()?.mend(
+            &session.volume,
+            salvage,
+            self.tables,
+            move |table| match &space {
                 Some(plan) => plan.apply(table),
                 None => Ok(()),
-            })?;
+            },
+        )?;
         if let Some(losses) = losses {
             drop_lost(session, &losses);
         }

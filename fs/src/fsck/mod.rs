@@ -140,12 +140,15 @@ fn check_and_repair(
         }
     }
     let wanted = found.classes().any(|(class, _)| allowed.has(class));
-    if !wanted || damaged && !allowed.has(Class::Store) {
+    // Opening the store to write it drops what cannot be taken over.
+    let keeps_journal = session.journal_damage().is_some() && !allowed.has(Class::Journal);
+    if !wanted || keeps_journal || damaged && !allowed.has(Class::Store) {
         return Ok(Outcome { found, left: None });
     }
     // Labels are written again when the volume is taken for writing, and when it is closed.
     session.make_writable()?;
     edits.apply(session, damaged)?;
+    session.forget_journal_damage();
     let left = examine_all(session, Classes::none(), options)?.0;
     Ok(Outcome {
         found,
@@ -208,6 +211,7 @@ fn examine(
         free: Bitmap::default(),
     };
     check.labels();
+    check.journal(session);
     check.losses();
     check.pass_inodes()?;
     check.pass_names()?;
@@ -254,6 +258,13 @@ impl Check<'_> {
             let device = self.volume.device_name(fault.dev);
             let object = format!("{device}, byte {}", fault.offset);
             self.problem(Class::Label, object, fault.to_string());
+        }
+    }
+
+    /// What of the journal could not be taken over.
+    fn journal(&mut self, session: &Session) {
+        if let Some(damage) = session.journal_damage() {
+            self.problem(Class::Journal, "journal".to_owned(), damage.to_owned());
         }
     }
 

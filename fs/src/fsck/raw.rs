@@ -63,14 +63,16 @@ pub fn write(volume: Arc<Volume>, records: &[Record]) -> Result<(), FsckError> {
     }
     let of_free = |record: &&Record| record.0 == "free";
     let free: Vec<Record> = records.iter().filter(of_free).cloned().collect();
-    session.store()?.mend(None, changes, move |table| {
-        for (_, key, value) in &free {
-            match value {
-                Some(value) => drop(table.insert(number(key), number(value))?),
-                None => drop(table.remove(number(key))?),
+    session
+        .store()?
+        .mend(&session.volume, None, changes, move |table| {
+            for (_, key, value) in &free {
+                match value {
+                    Some(value) => drop(table.insert(number(key), number(value))?),
+                    None => drop(table.remove(number(key))?),
+                }
             }
-        }
-        Ok(())
-    })?;
+            Ok(())
+        })?;
     Ok(session.close()?)
 }

@@ -6,6 +6,8 @@
 pub enum Class {
     /// A copy of a label or of the chunk table.
     Label,
+    /// A block of the journal.
+    Journal,
     /// A page of the metadata store.
     Store,
     /// A record of an inode, or one that lacks what its type needs.
@@ -34,8 +36,9 @@ pub enum Class {
 
 impl Class {
     /// All of them, in the order in which they are asked about.
-    pub const ALL: [Class; 13] = [
+    pub const ALL: [Class; 14] = [
         Class::Label,
+        Class::Journal,
         Class::Store,
         Class::Inode,
         Class::Xattr,
@@ -54,6 +57,7 @@ impl Class {
     pub fn name(self) -> &'static str {
         match self {
             Class::Label => "label",
+            Class::Journal => "journal",
             Class::Store => "store",
             Class::Inode => "inode",
             Class::Xattr => "xattr",
@@ -73,6 +77,7 @@ impl Class {
     pub fn question(self) -> &'static str {
         match self {
             Class::Label => "Write damaged labels and chunk tables again",
+            Class::Journal => "Drop what the journal holds from the damaged block on",
             Class::Store => "Build damaged tables anew from what can be read of them",
             Class::Inode => "Mend inode records, and remove those that cannot be",
             Class::Xattr => "Remove impossible attributes",

@@ -16,6 +16,24 @@ use crate::meta::salvage::{self, Loss, Salvage};
 const CACHE_BYTES_MIN: u64 = crate::CACHE_BYTES_MIN;
 const CACHE_BYTES_MAX: u64 = 64 << 20;
 
+/// Opens the store with what the journal holds, and says why that is not all of it.
+fn open_store(
+    meta: &Arc<MetaFile>,
+    volume: &Arc<Volume>,
+) -> Result<(Offline, Option<String>), redb::Error> {
+    let store = Offline::open(meta.storage())?;
+    let error = match store.replay(volume) {
+        Ok(replayed) => return Ok((store, replayed.damage)),
+        Err(error) => error,
+    };
+    // redb refuses everything once it met an error.
+    if let Err(error) = store.close() {
+        log::info!("metadata: closing what cannot take the journal over: {error}");
+    }
+    let damage = format!("cannot be taken over: {error}");
+    Ok((Offline::open(meta.storage())?, Some(damage)))
+}
+
 /// An open volume.
 pub(super) struct Session {
     pub volume: Arc<Volume>,
@@ -23,6 +41,8 @@ pub(super) struct Session {
     meta: Arc<MetaFile>,
     /// `None` between closing it and opening it again.
     store: Option<Offline>,
+    /// Why not all of the journal could be taken over.
+    journal_damage: Option<String>,
 }
 
 impl Session {
@@ -39,9 +59,10 @@ impl Session {
         let read_only = volume.is_read_only();
         let opened = MetaFile::open(Arc::clone(&volume), &cache, read_only, false)
             .map_err(|error| MountError::Metadata(error.into()))
-            .and_then(|meta| Ok((Offline::open(meta.storage())?, meta)));
+            .and_then(|meta| Ok((open_store(&meta, &volume)?, meta)));
         match opened {
-            Ok((store, meta)) => Ok(Self {
+            Ok(((store, journal_damage), meta)) => Ok(Self {
+                journal_damage,
                 volume,
                 cache,
                 meta,
@@ -52,6 +73,16 @@ impl Session {
                 Err(error)
             }
         }
+    }
+
+    /// Why not all of the journal could be taken over when the store was opened.
+    pub(super) fn journal_damage(&self) -> Option<&str> {
+        self.journal_damage.as_deref()
+    }
+
+    /// What was repaired holds without the rest of the journal.
+    pub(super) fn forget_journal_damage(&mut self) {
+        self.journal_damage = None;
     }
 
     /// The metadata store.
@@ -82,7 +113,8 @@ impl Session {
         self.meta
             .begin_again_to_write()
             .map_err(|error| MountError::Metadata(error.into()))?;
-        self.store = Some(Offline::open(self.meta.storage())?);
+        let (store, journal_damage) = open_store(&self.meta, &self.volume)?;
+        (self.store, self.journal_damage) = (Some(store), journal_damage);
         Ok(())
     }
 

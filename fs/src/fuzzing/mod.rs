@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `labels` | damage of the labels and chunk tables of two members |
 //! | `table` | a chunk table, with a right checksum |
+//! | `journal` | a record of the journal, with right checksums, behind a sound store |
 //! | `records` | records of the metadata tables, put into a sound store |
 //! | `metadata` | damage of a metadata chunk: heads, checksum area, redb's pages |
 //! | `requests` | requests of a kernel that has gone mad |
@@ -20,6 +21,7 @@
 )]
 
 mod damage;
+mod journal;
 mod records;
 mod tree;
 mod volume;
@@ -82,9 +84,10 @@ impl<'a> Input<'a> {
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 5] = [
+pub const TARGETS: [Target; 6] = [
     ("labels", damage::labels),
     ("table", damage::table),
+    ("journal", journal::journal),
     ("records", records::records),
     ("metadata", damage::metadata),
     ("requests", fuzz_requests),
@@ -116,6 +119,7 @@ pub fn run(target: &str, input: &[u8]) -> Option<()> {
 /// Small inputs to begin with, each with a name.
 pub fn seeds(target: &str) -> Vec<(String, Vec<u8>)> {
     match target {
+        "journal" => journal::seeds(),
         "records" => records::seeds(),
         "requests" => fuzz_request_seeds(),
         "table" => damage::table_seeds(),

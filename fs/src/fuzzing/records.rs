@@ -12,13 +12,13 @@ use crate::meta::records as decoders;
 use super::tree::try_everything;
 use super::{Input, tree, volume};
 
-type Bytes = &'static [u8];
+pub(super) type Bytes = &'static [u8];
 
 /// The tables of FORMAT.md, in its order; the last one has numbers as keys and values.
-const NAMES: [&str; 7] = [
+pub(super) const NAMES: [&str; 7] = [
     "inodes", "dentries", "cookies", "extents", "xattrs", "orphans", "settings",
 ];
-const FREE: TableDefinition<'static, u64, u64> = TableDefinition::new("free");
+pub(super) const FREE: TableDefinition<'static, u64, u64> = TableDefinition::new("free");
 const RECORDS_MAX: usize = 200;
 /// In place of a value's length: the record goes.
 const REMOVED: u64 = 0xffff;
@@ -45,7 +45,7 @@ fn decode(input: &[u8]) -> Vec<Record<'_>> {
     records
 }
 
-fn with_database<R>(
+pub(super) fn with_database<R>(
     volume: Arc<Volume>,
     work: impl FnOnce(&Database) -> Result<R, redb::Error>,
 ) -> Result<R, redb::Error> {

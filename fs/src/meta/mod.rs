@@ -6,6 +6,7 @@
 //! | [`store`] | the tables: a durable snapshot, with the open and the committing group over it |
 //! | [`offline`] | the same tables as a check of an unmounted volume reads and mends them |
 //! | [`salvage`] | the same tables where pages of them cannot be read |
+//! | [`journal`] | small groups that are durable before redb has them |
 //! | [`contain`] | redb's panics as errors |
 //! | [`page`], [`system`] | whether its pages make sense: one by itself, and its own tables |
 //! | [`backend`] | redb's file as one address space on mirrored chunks |
@@ -22,6 +23,7 @@ pub(crate) mod contain;
 mod crafted;
 mod head;
 mod header;
+pub(crate) mod journal;
 pub(crate) mod mirrors;
 pub(crate) mod offline;
 mod page;

@@ -10,13 +10,16 @@
 //! until the next repair.
 
 use std::ops::Bound;
+use std::sync::Arc;
 
+use braidfs_blockdev::Volume;
 use redb::{
     Database, Durability, ReadOnlyTable, ReadableDatabase, ReadableTableMetadata, StorageBackend,
     Table as RedbTable, TableDefinition, TableHandle, WriteTransaction,
 };
 
 use super::contain::{Contained, Guarded, disorder, next_pair};
+use super::journal::{self, Replayed};
 use super::salvage::{Loss, Salvage};
 use super::store::{
     Base, Changes, DEFINITION_NAMES, DEFINITIONS, FREE, FREE_NAME, REDB_CACHE_BYTES, Store,
@@ -213,6 +216,12 @@ impl Offline {
         Contained::open(backend, REDB_CACHE_BYTES).map(Self)
     }
 
+    /// Takes over what the journal of the volume holds, up to where it is damaged. Call it before
+    /// anything else is done with a store that was just opened.
+    pub(crate) fn replay(&self, volume: &Arc<Volume>) -> Result<Replayed, redb::Error> {
+        journal::replay(&self.0, volume, true)
+    }
+
     /// The durable state as it is now.
     pub(crate) fn reader(&self) -> Result<Reader, redb::Error> {
         let (base, free) = self
@@ -225,13 +234,16 @@ impl Offline {
     }
 
     /// Makes changes durable in one commit, with what `space` does to the table of free space.
-    /// Tables that have lost pages, going by `salvage`, are built anew first.
+    /// Tables that have lost pages, going by `salvage`, are built anew first. What the journal held
+    /// is void afterwards.
     pub(crate) fn mend(
         &self,
+        volume: &Arc<Volume>,
         salvage: Option<Salvage>,
         changes: TableChanges,
         space: impl FnOnce(&mut FreeTable<'_>) -> Result<(), redb::Error> + Send + 'static,
     ) -> Result<(), redb::Error> {
+        let base = journal::unused_base(volume);
         self.0.run(move |db| {
             let write = begin(db)?;
             if let Some(salvage) = salvage {
@@ -242,6 +254,7 @@ impl Offline {
                 let mut free = write.open_table(FREE)?;
                 space(&mut free)?;
             }
+            journal::name_base(&write, base)?;
             Ok(write.commit()?)
         })
     }

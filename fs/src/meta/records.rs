@@ -10,7 +10,10 @@ use crate::{Attr, Ino, Timestamp};
 pub(crate) const EXTENT_BLOCKS_MAX: u64 = 256;
 
 /// More blocks than a volume can have: their byte addresses would not fit 63 bits.
-const BLOCKS_MAX: u64 = (1 << 63) / 4096;
+pub(crate) const BLOCKS_MAX: u64 = (1 << 63) / 4096;
+
+/// Name in the settings of the base of the journal.
+pub(crate) const SETTING_JOURNAL: &[u8] = b"journal";
 
 /// Key of an inode (and of an orphan).
 pub(crate) fn ino_key(ino: Ino) -> [u8; 8] {

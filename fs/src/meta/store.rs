@@ -1,9 +1,10 @@
 //! The metadata tables: get, put, scan; and transaction groups.
 //!
 //! A read looks, in this order, into the *open* group (what operations change now), the
-//! *committing* group (frozen, on its way into redb) and the *base* (redb's last durable
-//! snapshot). A write goes into the open group alone. So operations never wait for a commit, and
-//! a commit applies one frozen, consistent set.
+//! *committing* group (frozen, on its way to the devices), the *journaled* groups (durable, but not
+//! in redb yet; all of them in one) and the *base* (redb's last durable snapshot). A write goes
+//! into the open group alone. So operations never wait for a commit, and a commit applies one
+//! frozen, consistent set.
 //!
 //! Several puts of one operation need no batch: an operation holds the gate of its transaction
 //! group (see [`crate::txg`]), and a group is frozen only while nobody does.
@@ -16,6 +17,7 @@ use std::ops::{Bound, RangeBounds};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use braidfs_blockdev::Volume;
 use parking_lot::{Mutex, RwLock};
 use redb::{
     AccessGuard, Database, Durability, ReadOnlyTable, ReadableDatabase, ReadableTable,
@@ -26,8 +28,9 @@ use crate::Errno;
 use crate::alloc::SpaceLog;
 
 use super::contain::{Contained, Guarded, Pair, disorder, next_pair};
+use super::journal::{self, Replayed};
 
-/// The tables. The numbers are positions in this build, not on the disk: the names are.
+/// The tables. redb knows them by name, the journal by these numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Table {
     /// ino -> inode record
@@ -85,7 +88,7 @@ pub(crate) type Entry = (Vec<u8>, Vec<u8>);
 pub(crate) type Changes = BTreeMap<Vec<u8>, Option<Vec<u8>>>;
 
 /// What one transaction group changed.
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct Group {
     changes: [Changes; TABLE_COUNT],
     bytes: usize,
@@ -103,6 +106,14 @@ impl Group {
             .sum()
     }
 
+    /// Puts what the next group changed over this.
+    fn append(&mut self, mut next: Group) {
+        for (changes, next) in self.changes.iter_mut().zip(&mut next.changes) {
+            changes.append(next);
+        }
+        self.bytes += next.bytes;
+    }
+
     fn set(&mut self, table: Table, key: &[u8], value: Option<Vec<u8>>) {
         let cost = |value: &Option<Vec<u8>>| value.as_ref().map_or(0, Vec::len);
         let added = cost(&value);
@@ -117,7 +128,7 @@ impl Group {
     }
 }
 
-/// Changes that are not durable yet.
+/// Changes that redb does not have yet.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Unwritten {
     /// Memory that they take.
@@ -131,7 +142,26 @@ pub(super) type Base = [ReadOnlyTable<&'static [u8], &'static [u8]>; TABLE_COUNT
 struct State {
     open: Group,
     committing: Option<Arc<Group>>,
+    journaled: Group,
     base: Guarded<Base>,
+}
+
+impl State {
+    /// The groups over the base, the newest first.
+    fn groups(&self) -> [Option<&Group>; 3] {
+        [
+            Some(&self.open),
+            self.committing.as_deref(),
+            Some(&self.journaled),
+        ]
+    }
+
+    /// What they changed in a table.
+    fn changes(&self, table: Table) -> [&Changes; 3] {
+        static NONE: Changes = Changes::new();
+        self.groups()
+            .map(|group| group.map_or(&NONE, |group| &group.changes[table as usize]))
+    }
 }
 
 /// The metadata store.
@@ -200,6 +230,7 @@ impl Store {
         let state = State {
             open: Group::default(),
             committing: None,
+            journaled: Group::default(),
             base,
         };
         Ok(Self {
@@ -243,6 +274,18 @@ impl Store {
         Ok(())
     }
 
+    /// Takes over what the journal of the volume holds; see [`journal::replay`]. Call it before
+    /// anything else is done with a store that was just opened.
+    pub(crate) fn replay(&self, volume: &Arc<Volume>) -> Result<Replayed, redb::Error> {
+        let db = self.db.lock();
+        let db = db.as_ref().ok_or(redb::Error::DatabaseClosed)?;
+        let replayed = journal::replay(db, volume, false)?;
+        let base = db.guard(db.run(Self::snapshot)?);
+        let old = std::mem::replace(&mut self.state.write().base, base);
+        drop(old);
+        Ok(replayed)
+    }
+
     pub(super) fn snapshot(db: &Database) -> Result<Base, redb::Error> {
         let read = db.begin_read()?;
         let [a, b, c, d, e, f, g] = DEFINITIONS;
@@ -265,13 +308,10 @@ impl Store {
         use_value: impl FnOnce(Option<&[u8]>) -> R,
     ) -> Result<R, Errno> {
         let state = self.state.read();
-        if let Some(value) = state.open.changes[table as usize].get(key) {
-            return Ok(use_value(value.as_deref()));
-        }
-        if let Some(group) = &state.committing
-            && let Some(value) = group.changes[table as usize].get(key)
-        {
-            return Ok(use_value(value.as_deref()));
+        for changes in state.changes(table) {
+            if let Some(value) = changes.get(key) {
+                return Ok(use_value(value.as_deref()));
+            }
         }
         let found = state.base.read(|base| {
             let found = base[table as usize].get(key)?;
@@ -286,9 +326,10 @@ impl Store {
     /// Whether a group that is not durable yet changed `key`.
     pub(crate) fn is_unwritten(&self, table: Table, key: &[u8]) -> bool {
         let state = self.state.read();
-        let groups = [Some(&state.open), state.committing.as_deref()];
-        let mut groups = groups.into_iter().flatten();
-        groups.any(|group| group.changes[table as usize].contains_key(key))
+        let [open, committing, _] = state.changes(table);
+        [open, committing]
+            .iter()
+            .any(|changes| changes.contains_key(key))
     }
 
     /// Sets `key` to `value` in the open group.
@@ -315,12 +356,12 @@ impl Store {
         self.state.read().open.bytes
     }
 
-    /// Memory and number of the changes that are not durable yet: those of the open group and of
-    /// the one that is being committed.
+    /// Memory and number of the changes that redb does not have yet: those of the open group, of
+    /// the one that is being committed and of those in the journal.
     pub(crate) fn unwritten(&self) -> Unwritten {
         let state = self.state.read();
-        let groups = [Some(&state.open), state.committing.as_deref()];
-        groups
+        state
+            .groups()
             .into_iter()
             .flatten()
             .fold(Unwritten::default(), |sum, group| Unwritten {
@@ -332,6 +373,11 @@ impl Store {
     /// Whether the open group changed nothing.
     pub(crate) fn open_is_empty(&self) -> bool {
         self.state.read().open.is_empty()
+    }
+
+    /// Whether there are groups in the journal that redb does not have.
+    pub(crate) fn has_journaled(&self) -> bool {
+        !self.state.read().journaled.is_empty()
     }
 
     /// Hands the entries with `from <= key < to` to `each`, in order, until it returns false.
@@ -348,15 +394,9 @@ impl Store {
         }
         let state = self.state.read();
         let bounds = (Bound::Included(from), Bound::Excluded(to));
-        let empty = Changes::new();
-        let mut open = state.open.changes[table as usize]
-            .range::<[u8], _>(bounds)
-            .peekable();
-        let committing = state
-            .committing
-            .as_ref()
-            .map_or(&empty, |g| &g.changes[table as usize]);
-        let mut committing = committing.range::<[u8], _>(bounds).peekable();
+        let mut groups = state
+            .changes(table)
+            .map(|changes| changes.range::<[u8], _>(bounds).peekable());
         let base = state
             .base
             .read(|base| Ok(base[table as usize].range::<&[u8]>(from..to)?));
@@ -370,36 +410,29 @@ impl Store {
         };
         let mut pending = next(None).map_err(|e| failed("scan", e))?;
         loop {
-            let keys = [
-                open.peek().map(|(key, _)| key.as_slice()),
-                committing.peek().map(|(key, _)| key.as_slice()),
-                pending.as_ref().map(|(key, _)| key.value()),
-            ];
-            let Some(least) = keys.iter().flatten().min().copied() else {
+            let based = pending.as_ref().map(|(key, _)| key.value());
+            let changed = groups
+                .iter_mut()
+                .filter_map(|group| Some(group.peek()?.0.as_slice()));
+            let Some(least) = changed.chain(based).min() else {
                 return Ok(());
             };
-            let at_least = keys.map(|key| key == Some(least));
             // The newest layer that has the key decides; the older ones step past it.
-            let goes_on = if at_least[0] {
-                let (key, value) = open.peek().expect("peeked above");
-                value.as_deref().is_none_or(|value| each(key, value))
-            } else if at_least[1] {
-                let (key, value) = committing.peek().expect("peeked above");
-                value.as_deref().is_none_or(|value| each(key, value))
-            } else {
-                let (key, value) = pending.as_ref().expect("peeked above");
-                each(key.value(), value.value())
+            let is_based = based == Some(least);
+            let mut decided = None;
+            for group in &mut groups {
+                let changed = group.next_if(|(key, _)| key.as_slice() == least);
+                decided = decided.or(changed.map(|(_, value)| value.as_deref()));
+            }
+            let goes_on = match (decided, &pending) {
+                (Some(value), _) => value.is_none_or(|value| each(least, value)),
+                (None, Some((key, value))) => each(key.value(), value.value()),
+                (None, None) => true,
             };
             if !goes_on {
                 return Ok(());
             }
-            if at_least[0] {
-                open.next();
-            }
-            if at_least[1] {
-                committing.next();
-            }
-            if at_least[2] {
+            if is_based {
                 pending = next(pending.as_ref()).map_err(|e| failed("scan", e))?;
             }
         }
@@ -413,12 +446,6 @@ impl Store {
         to: &[u8],
     ) -> Result<Option<Entry>, Errno> {
         let state = self.state.read();
-        let empty = Changes::new();
-        let open = &state.open.changes[table as usize];
-        let committing = state
-            .committing
-            .as_ref()
-            .map_or(&empty, |g| &g.changes[table as usize]);
         let mut upper = Bound::Included(to.to_vec());
         loop {
             let upto = match &upper {
@@ -428,34 +455,29 @@ impl Store {
                 Bound::Unbounded => Bound::Unbounded,
             };
             let bounds = (Bound::Included(from), upto);
-            let newest = open.range::<[u8], _>(bounds).next_back();
-            let middle = committing.range::<[u8], _>(bounds).next_back();
-            let oldest = state.base.read(|base| {
+            let changed = state
+                .changes(table)
+                .map(|changes| changes.range::<[u8], _>(bounds).next_back());
+            let based = state.base.read(|base| {
                 let mut range = base[table as usize].range::<&[u8]>(bounds)?;
-                let oldest = range.next_back().transpose()?;
-                match &oldest {
+                let last = range.next_back().transpose()?;
+                match &last {
                     Some((key, _)) if !bounds.contains(key.value()) => Err(disorder()),
                     _ => {
-                        let _value = oldest.as_ref().map(|(_, value)| value.value());
-                        Ok(oldest)
+                        let _value = last.as_ref().map(|(_, value)| value.value());
+                        Ok(last)
                     }
                 }
             });
-            let oldest = oldest.map_err(|e| failed("scan", e))?;
-            let greatest = [
-                newest.map(|(key, _)| key.as_slice()),
-                middle.map(|(key, _)| key.as_slice()),
-                oldest.as_ref().map(|(key, _)| key.value()),
-            ]
-            .into_iter()
-            .flatten()
-            .max()
-            .map(<[u8]>::to_vec);
+            let based = based.map_err(|e| failed("scan", e))?;
+            let based_key = based.as_ref().map(|(key, _)| key.value());
+            let keys = changed.iter().flatten().map(|(key, _)| key.as_slice());
+            let greatest = keys.chain(based_key).max().map(<[u8]>::to_vec);
             let Some(key) = greatest else { return Ok(None) };
-            let value = match (newest, middle) {
-                (Some((k, value)), _) if *k == key => value.clone(),
-                (_, Some((k, value))) if *k == key => value.clone(),
-                _ => oldest.as_ref().map(|(_, value)| value.value().to_vec()),
+            let mut of_groups = changed.into_iter().flatten();
+            let value = match of_groups.find(|(changed, _)| **changed == key) {
+                Some((_, value)) => value.clone(),
+                None => based.as_ref().map(|(_, value)| value.value().to_vec()),
             };
             match value {
                 Some(value) => return Ok(Some((key, value))),
@@ -474,15 +496,45 @@ impl Store {
     }
 
     /// Lets go of a frozen group that changed nothing.
-    pub(crate) fn forget_frozen(&self) -> Result<(), redb::Error> {
+    pub(crate) fn forget_frozen(&self) {
         self.state.write().committing = None;
-        Ok(())
     }
 
-    /// Makes the frozen group durable, with the changes of free space that belong to it.
-    pub(crate) fn commit(&self, space: &Arc<SpaceLog>) -> Result<(), redb::Error> {
-        let group = self.state.read().committing.clone();
-        let Some(group) = group else { return Ok(()) };
+    /// The frozen group as a record of the journal, with the changes of free space that belong to
+    /// it; `None` if it is too large for that.
+    pub(crate) fn encode_frozen(&self, space: &SpaceLog) -> Option<Vec<u8>> {
+        let group = self.state.read().committing.clone()?;
+        let cheap = group.bytes <= 2 * journal::RECORD_BYTES_MAX;
+        cheap.then(|| journal::encode(&group.changes, space))?
+    }
+
+    /// The frozen group is durable in the journal.
+    pub(crate) fn note_journaled(&self) {
+        let mut state = self.state.write();
+        if let Some(group) = state.committing.take() {
+            state.journaled.append(Arc::unwrap_or_clone(group));
+        }
+    }
+
+    /// Gives redb the groups in the journal and the frozen one, with the changes of free space that
+    /// belong to them, and makes all durable. What was in the journal is void then: `journal` is
+    /// its new base.
+    pub(crate) fn commit(&self, space: &Arc<SpaceLog>, journal: u64) -> Result<(), redb::Error> {
+        let group = {
+            let mut state = self.state.write();
+            let Some(frozen) = state.committing.take() else {
+                return Ok(());
+            };
+            let mut all = std::mem::take(&mut state.journaled);
+            let group = if all.is_empty() {
+                frozen
+            } else {
+                all.append(Arc::unwrap_or_clone(frozen));
+                Arc::new(all)
+            };
+            state.committing = Some(Arc::clone(&group));
+            group
+        };
         let db = self.db.lock();
         let db = db.as_ref().ok_or(redb::Error::DatabaseClosed)?;
         let space = Arc::clone(space);
@@ -495,6 +547,7 @@ impl Store {
                 let mut free = write.open_table(FREE)?;
                 space.apply(&mut free)?;
             }
+            journal::name_base(&write, journal)?;
             write.commit()?;
             Self::snapshot(db)
         })?;

@@ -80,6 +80,10 @@ impl Pass<'_> {
     fn run(&mut self) -> Result<Order, String> {
         let fs = self.fs;
         if fs.scrub_summary().position.0 == 0 {
+            // What the journal holds is in no table yet, and so out of reach.
+            if !fs.is_read_only() && fs.store.has_journaled() {
+                fs.commit_now().map_err(text)?;
+            }
             self.labels().map_err(text)?;
             fs.meta.hold_mending(true);
             let order = self.metadata();
