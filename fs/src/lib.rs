@@ -31,6 +31,7 @@ mod listing;
 mod meta;
 mod namespace;
 mod options;
+mod pace;
 mod range_lock;
 mod reclaim;
 mod room;
@@ -53,4 +54,5 @@ pub use flags::{
 pub use freeze::{FreezeError, ThawJob};
 pub use meta::mirrors::MetaStats;
 pub use options::*;
+pub use pace::MemberPace;
 pub use types::*;

@@ -13,6 +13,7 @@
 //! | the daemon's process: finding, memory, killing | `daemon.rs` |
 //! | loop devices and throttles | `loopdev.rs`, `throttle.rs` |
 //! | helpers, fstab and links as on an administrator's machine | `machine.rs` |
+//! | a user who is not root | `ordinary.rs` |
 //! | reading `stats --json` and `info --json` | `report.rs` |
 //! | data that says where it belongs | `pattern.rs` |
 //! | making and comparing trees | `specimen.rs`, `source_tree.rs`, `compare.rs` |
@@ -31,6 +32,7 @@ pub mod daemon;
 pub mod env;
 pub mod loopdev;
 pub mod machine;
+pub mod ordinary;
 pub mod pattern;
 pub mod peer;
 pub mod report;

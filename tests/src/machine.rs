@@ -28,6 +28,35 @@ pub fn link_helpers(env: &Env, folder: &Path) {
     }
 }
 
+/// Lays a folder of the test's over one of the machine's, so that what is written there goes into
+/// the test's; gives it.
+pub fn lay_over(env: &Env, folder: &str) -> Result<PathBuf, Skip> {
+    let name = folder.trim_matches('/').replace('/', "-");
+    let (upper, work) = (
+        env.mkdir(&format!("{name}.upper")),
+        env.mkdir(&format!("{name}.work")),
+    );
+    let folder = fs::canonicalize(folder).expect("a folder of the machine");
+    let layers = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        folder.display(),
+        upper.display(),
+        work.display()
+    );
+    let overlay = Cmd::new("mount")
+        .args(["-t", "overlay", "overlay", "-o", &layers])
+        .arg(&folder)
+        .run();
+    if overlay.status.success() {
+        return Ok(upper);
+    }
+    let why = overlay.stderr.trim().to_owned();
+    Err(Skip(format!(
+        "no overlay over {} here: {why}",
+        folder.display()
+    )))
+}
+
 /// What lies over the real machine.
 #[derive(Debug)]
 pub struct Machine {
@@ -39,23 +68,7 @@ impl Machine {
     /// Installs the helpers and an empty fstab.
     pub fn set_up(env: &Env) -> Result<Self, Skip> {
         env.need_tools(&["mount", "findmnt"])?;
-        let (upper, work) = (env.mkdir("sbin.upper"), env.mkdir("sbin.work"));
-        link_helpers(env, &upper);
-        let sbin = fs::canonicalize("/sbin").expect("/sbin");
-        let layers = format!(
-            "lowerdir={},upperdir={},workdir={}",
-            sbin.display(),
-            upper.display(),
-            work.display()
-        );
-        let overlay = Cmd::new("mount")
-            .args(["-t", "overlay", "overlay", "-o", &layers])
-            .arg(&sbin)
-            .run();
-        if !overlay.status.success() {
-            let why = overlay.stderr.trim().to_owned();
-            return Err(Skip(format!("no overlay over /sbin here: {why}")));
-        }
+        link_helpers(env, &lay_over(env, "/sbin")?);
         let fstab = env.path("fstab");
         fs::write(&fstab, "").expect("an fstab");
         if !Path::new("/etc/fstab").exists() {

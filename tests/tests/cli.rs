@@ -9,6 +9,7 @@ use braidfs_tests::command::{Cmd, wait_until};
 use braidfs_tests::daemon;
 use braidfs_tests::env::{Env, Outcome};
 use braidfs_tests::machine::link_helpers;
+use braidfs_tests::ordinary::{Ordinary, USER_ID};
 use braidfs_tests::report::{list, number};
 use braidfs_tests::runner::{self, Test};
 use braidfs_tests::volume::{MIB, Volume, joined, name};
@@ -45,7 +46,7 @@ fn help_and_version(env: &Env) -> Outcome {
     let help = env.braidfs().arg("--help").ok().stdout;
     for verb in [
         "mkfs", "mount", "umount", "fsck", "scrub", "info", "stats", "probe", "doctor", "control",
-        "label", "top",
+        "label", "top", "bench",
     ] {
         assert!(help.contains(verb), "--help does not mention {verb}");
         let text = env.braidfs().args([verb, "--help"]).ok().stdout;
@@ -495,52 +496,24 @@ fn fsck(env: &Env) -> Outcome {
 }
 
 fn no_root(env: &Env) -> Outcome {
-    env.need_tools(&["setpriv", "fusermount3"])?;
-    // In this test's own mount namespace anybody may open /dev/fuse, as on most machines.
-    let node = env.path("fuse-node");
-    let script = "mknod -m 666 \"$1\" c 10 229; mount --bind \"$1\" /dev/fuse";
-    Cmd::sh(script, [&node]).ok();
-    Cmd::new("chmod").arg("711").arg(&env.dir).ok();
-    // The program may lie where only root can go.
-    let bin = env.path("braidfs");
-    fs::copy(&env.bin, &bin).expect("copy the program");
+    let user = Ordinary::new(env)?;
     let volume = Volume::unformatted(env, "v", &[MEMBER_BYTES; 2]);
-    let id = "65534";
-    let run = env.mkdir("run");
-    let owned = volume.devices.iter().chain([&volume.mountpoint, &run]);
-    Cmd::new("chown").arg(format!("{id}:{id}")).args(owned).ok();
-    let user = || {
-        let ids = [format!("--reuid={id}"), format!("--regid={id}")];
-        Cmd::new("setpriv")
-            .env("XDG_RUNTIME_DIR", &run)
-            .args(ids)
-            .arg("--clear-groups")
-            .arg("--")
-    };
-    user().arg(&bin).arg("mkfs").args(&volume.devices).ok();
-    user()
-        .arg(&bin)
-        .arg("mount")
-        .args(&volume.devices)
-        .arg(&volume.mountpoint)
-        .ok();
+    user.own(volume.devices.iter().chain([&volume.mountpoint]));
+    user.braidfs().arg("mkfs").args(&volume.devices).ok();
+    let mount = user.braidfs().arg("mount").args(&volume.devices);
+    mount.arg(&volume.mountpoint).ok();
     assert!(volume.is_mount_point(), "not mounted");
     let script = "echo text >\"$1/file\"; cat \"$1/file\"; mkdir \"$1/d\"; stat -c %u \"$1/file\"";
-    let output = user()
-        .args(["sh", "-euc", script, "sh"])
-        .arg(&volume.mountpoint)
-        .ok();
-    assert_eq!(output.stdout, format!("text\n{id}\n"));
-    user().arg(&bin).arg("stats").arg(&volume.mountpoint).ok();
-    user().arg(&bin).arg("umount").arg(&volume.mountpoint).ok();
+    let shell = user.command().args(["sh", "-euc", script, "sh"]);
+    let output = shell.arg(&volume.mountpoint).ok();
+    assert_eq!(output.stdout, format!("text\n{USER_ID}\n"));
+    user.braidfs().arg("stats").arg(&volume.mountpoint).ok();
+    user.braidfs().arg("umount").arg(&volume.mountpoint).ok();
     assert!(!volume.is_mount_point());
     wait_until("the daemon's end", || {
-        daemon::find(&bin, &volume.mountpoint).is_none()
+        daemon::find(&user.bin, &volume.mountpoint).is_none()
     });
-    user()
-        .arg(&bin)
-        .args(["fsck", "-n"])
-        .args(&volume.devices)
-        .ok();
+    let fsck = user.braidfs().args(["fsck", "-n"]);
+    fsck.args(&volume.devices).ok();
     Ok(())
 }

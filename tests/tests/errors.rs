@@ -35,6 +35,7 @@ fn main() -> ExitCode {
             Test::new("of_fsck_and_scrub", 120, |env| all(env, FSCK)),
             Test::new("of_those_that_only_look", 60, |env| all(env, LOOK)),
             Test::new("of_control_and_label", 60, |env| all(env, CONTROL)),
+            Test::new("of_bench", 60, |env| all(env, BENCH)),
             Test::new("of_a_dead_mount", 60, dead),
             Test::new("of_devices_that_cannot_be_written", 60, protected),
             Test::new("without_fuse", 60, without_fuse),

@@ -10,7 +10,8 @@ use braidfs_tests::command::Cmd;
 use braidfs_tests::env::{Env, Outcome, project_root};
 use braidfs_tests::runner::{self, Test};
 
-const VERBS: [(&str, u8); 12] = [
+const VERBS: [(&str, u8); 13] = [
+    ("bench", 1),
     ("control", 8),
     ("doctor", 1),
     ("fsck", 8),

@@ -12,6 +12,7 @@
 //! | `freeze SECONDS`, `thaw` | `ok`: everything is durable and stays as it is; changes go on |
 //! | `sync`, `drop-caches` | `ok` |
 //! | `label JSON` | `ok`: the file system has this label, a string |
+//! | `pace BYTES SECONDS` | what the members can do, as JSON; four steps of so many seconds |
 //! | `scrub status` | one line of JSON |
 //! | `scrub start MODE RATE` | `ok`; MODE: `repair`, `look`; RATE: bytes/s or `-` |
 //! | `scrub resume MODE RATE` | the same, of one that was paused |

@@ -5,6 +5,7 @@
 //! | `mkfs.rs` `mount.rs` `umount.rs` `fsck.rs` `scrub.rs` | the verbs |
 //! | `manage.rs` `label.rs` | orders to a daemon (`braidfs control`); labels |
 //! | `info.rs` `stats.rs` `top.rs` `probe.rs` `doctor.rs` | those that only look |
+//! | `bench.rs` | what limits the speed |
 //! | `daemon.rs` | the process that serves a mount |
 //! | `control.rs` | the socket by which the verbs talk to it |
 //! | `summary.rs` | what it logs of itself when asked by a signal |
@@ -26,6 +27,7 @@
 //! The binary also answers to the names under which mount(8), umount(8), mkfs(8) and fsck(8) look
 //! for helpers.
 
+mod bench;
 mod control;
 mod daemon;
 mod descriptors;
@@ -88,6 +90,7 @@ enum Verb {
     Label(label::LabelArgs),
     Probe(probe::ProbeArgs),
     Doctor(doctor::DoctorArgs),
+    Bench(bench::BenchArgs),
 }
 
 /// What the program was called as.
@@ -169,6 +172,7 @@ fn run(mut words: Vec<OsString>) -> Result<(), CliError> {
         Verb::Label(args) => label::run(&args),
         Verb::Probe(args) => probe::run(&args),
         Verb::Doctor(args) => doctor::run(&args),
+        Verb::Bench(args) => bench::run(&args),
     }
 }
 

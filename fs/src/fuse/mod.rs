@@ -16,7 +16,8 @@
 //! | `mounts.rs` | what /proc/self/mountinfo says |
 //! | `session.rs` | from a mounted core to a served mount point |
 //! | `stats.rs` | what is counted |
-//! | `transport.rs` | the transport without a file system: for the null server of `fs/examples` |
+//! | `transport.rs` | the transport without a file system |
+//! | `null.rs` | a server on it that does nothing, to measure against |
 //! | `bench.rs`, `fuzzing.rs` | for tests: a front end without a kernel, and a mad kernel |
 //!
 //! The transport is our own, because no library knows all requests that Linux sends (TMPFILE,
@@ -43,6 +44,7 @@ mod interrupt;
 mod ioctl;
 pub mod mounts;
 mod names;
+pub mod null;
 mod protocol;
 mod reply;
 mod session;

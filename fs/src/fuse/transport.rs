@@ -1,6 +1,6 @@
 //! The transport without a file system behind it: requests come to a function of yours, which
 //! answers each on the same thread. For servers that show what FUSE itself costs
-//! (`fs/examples/null.rs`); braidfs's own mounts go through `session.rs`.
+//! (`null.rs`); braidfs's own mounts go through `session.rs`.
 //!
 //! It is what braidfs uses: the same INIT, one descriptor for each thread, payloads at page
 //! borders, a reply in one writev(2). What is not here is what braidfs adds for each request: the

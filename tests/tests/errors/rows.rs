@@ -363,6 +363,34 @@ pub const LOOK: &[Row] = &[
     ("probe {damaged}", 2, "{damaged}: label is damaged"),
 ];
 
+pub const BENCH: &[Row] = &[
+    ("bench", 1, "<mountpoint>"),
+    ("bench {folder}", 1, "{folder}: not mounted"),
+    ("bench /proc", 1, "/proc: is not a braidfs mount but proc"),
+    ("bench {mnt} --size 1M", 1, "expected a size from 16 mib to"),
+    (
+        "bench {mnt} --size much",
+        1,
+        "expected a size from 16 mib to",
+    ),
+    ("bench {mnt} --seconds 0", 1, "1..=3600"),
+    (
+        "bench {mnt} --size 1G",
+        1,
+        "are free, and 2 gib are needed; use a smaller --size",
+    ),
+    (
+        "bench {mnt} --directory {folder}",
+        1,
+        "{folder}: is not a directory in {mnt}",
+    ),
+    (
+        "bench {mnt} --directory {none}",
+        1,
+        "{none}: no such file or directory",
+    ),
+];
+
 pub const CONTROL: &[Row] = &[
     ("control", 1, "<mountpoint>"),
     ("control {mnt}", 1, "<action>"),

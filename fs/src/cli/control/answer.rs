@@ -42,6 +42,9 @@ struct View {
     log: String,
 }
 
+/// Longest time for each step of measuring the members.
+const PACE_SECONDS_MAX: u64 = 3600;
+
 /// What is said to a line: the answer, or what is wrong.
 type Said = Result<String, String>;
 
@@ -80,6 +83,7 @@ fn say(state: &State, line: &str) -> Said {
         "sample" => return json(&mount.sample()),
         "get" => return json(&view(fs)),
         "scrub" => return scrub(fs, rest),
+        "pace" => return pace(fs, rest),
         "writable" => fs.make_writable().map_err(|error| error.to_string()),
         "set" => set(&mount, rest),
         "freeze" => freeze(fs, rest),
@@ -165,6 +169,20 @@ fn freeze(fs: &FileSystem, text: &str) -> Result<(), String> {
             .map_err(|error| error.to_string()),
         _ => Err(format!("seconds from 1 to {FREEZE_SECONDS_MAX}")),
     }
+}
+
+fn pace(fs: &FileSystem, text: &str) -> Said {
+    let words = text.split_once(' ');
+    let numbers =
+        words.and_then(|(bytes, seconds)| Some((bytes.parse().ok()?, seconds.parse().ok()?)));
+    let Some((bytes, seconds @ 1..=PACE_SECONDS_MAX)) = numbers else {
+        return Err(format!("bytes, and seconds from 1 to {PACE_SECONDS_MAX}"));
+    };
+    let pace = fs.member_pace(bytes, Duration::from_secs(seconds));
+    json(&pace.map_err(|errno| match errno {
+        Errno::BUSY => "is frozen; thaw it first: braidfs control MOUNTPOINT thaw".to_owned(),
+        errno => format!("the members cannot be measured: {errno}"),
+    })?)
 }
 
 fn label(fs: &FileSystem, text: &str) -> Result<(), String> {

@@ -213,7 +213,11 @@ pub fn exit_status(verb: &str) -> &'static str {
         }
         "fsck" | "scrub" => {
             "0: clean. 1: errors were repaired. 4: errors are left. 8: could not be done. 16: \
-wrong              usage. 32: stopped by a signal, paused or canceled."
+             wrong usage. 32: stopped by a signal, paused or canceled."
+        }
+        "bench" => {
+            "0: measured. 1: wrong usage, or it cannot be reached. 2: the system refused \
+             something. 128 + N: ended by signal N."
         }
         "doctor" => "0: nothing. 4: something. 8: could not look. 16: wrong usage.",
         "probe" => "0: at least one member was found. 2: none. 4: wrong usage.",
