@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::command::Cmd;
 use crate::env::{Env, Skip};
+use crate::volume::Volume;
 
 /// Everybody knows this one.
 pub const USER_ID: u32 = 65534;
@@ -39,6 +40,17 @@ impl Ordinary {
         let chown = Cmd::new("chown").arg(format!("{USER_ID}:{USER_ID}"));
         let add = |chown: Cmd, path: P| chown.arg(path.as_ref());
         paths.into_iter().fold(chown, add).ok();
+    }
+
+    /// A volume of image files that are his, made and mounted by him.
+    pub fn volume<'e>(&self, env: &'e Env, sizes: &[u64]) -> Volume<'e> {
+        let volume = Volume::unformatted(env, "v", sizes);
+        self.own(volume.devices.iter().chain([&volume.mountpoint]));
+        self.braidfs().arg("mkfs").args(&volume.devices).ok();
+        let mount = self.braidfs().arg("mount").args(&volume.devices);
+        mount.arg(&volume.mountpoint).ok();
+        assert!(volume.is_mount_point(), "not mounted");
+        volume
     }
 
     /// A command of his, to be completed.

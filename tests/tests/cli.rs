@@ -497,12 +497,7 @@ fn fsck(env: &Env) -> Outcome {
 
 fn no_root(env: &Env) -> Outcome {
     let user = Ordinary::new(env)?;
-    let volume = Volume::unformatted(env, "v", &[MEMBER_BYTES; 2]);
-    user.own(volume.devices.iter().chain([&volume.mountpoint]));
-    user.braidfs().arg("mkfs").args(&volume.devices).ok();
-    let mount = user.braidfs().arg("mount").args(&volume.devices);
-    mount.arg(&volume.mountpoint).ok();
-    assert!(volume.is_mount_point(), "not mounted");
+    let volume = user.volume(env, &[MEMBER_BYTES; 2]);
     let script = "echo text >\"$1/file\"; cat \"$1/file\"; mkdir \"$1/d\"; stat -c %u \"$1/file\"";
     let shell = user.command().args(["sh", "-euc", script, "sh"]);
     let output = shell.arg(&volume.mountpoint).ok();

@@ -45,6 +45,11 @@ fn bench(env: &Env, volume: &Volume<'_>) -> Cmd {
     bench.arg(&volume.mountpoint).args(small).limit_secs(150)
 }
 
+fn control(env: &Env, volume: &Volume<'_>, word: &str) {
+    let control = env.braidfs().arg("control").arg(&volume.mountpoint);
+    control.arg(word).ok();
+}
+
 /// Neither a file, nor a mount, nor a folder.
 fn assert_nothing_left(env: &Env, volume: &Volume<'_>) {
     let left = fs::read_dir(&volume.mountpoint).expect("list").count();
@@ -65,7 +70,7 @@ fn assert_no_null(folder: &Path) {
 fn measures(env: &Env) -> Outcome {
     let mut volume = Volume::format(env, "v", &[MEMBER_BYTES; 2], &[]);
     volume.mount(&[]);
-    Cmd::new("sync").arg("-f").arg(&volume.mountpoint).ok();
+    control(env, &volume, "sync");
     let free = |volume: &Volume<'_>| number(&volume.stats(), "/space/free_blocks");
     let before = free(&volume);
     let output = bench(env, &volume).arg("--json").ok();
@@ -85,13 +90,12 @@ fn measures(env: &Env) -> Outcome {
     let grade = report["grade"].as_str().expect("a grade");
     assert!(["A", "B", "C", "D", "E"].contains(&grade), "{grade}");
     assert_nothing_left(env, &volume);
-    Cmd::new("sync").arg("-f").arg(&volume.mountpoint).ok();
     let grown = |volume: &Volume<'_>| {
         let stats = volume.stats();
         number(&stats, "/space/chunk_blocks") - number(&stats, "/space/free_blocks")
     };
     wait_until("the space to be free again", || {
-        Cmd::new("sync").arg("-f").arg(&volume.mountpoint).ok();
+        control(env, &volume, "sync");
         grown(&volume) == 0
     });
     assert!(free(&volume) >= before, "space is gone");
@@ -137,14 +141,10 @@ fn interrupted(env: &Env) -> Outcome {
 fn refusals(env: &Env) -> Outcome {
     let mut volume = Volume::format(env, "v", &[MEMBER_BYTES; 2], &[]);
     volume.mount(&[]);
-    let control = |word: &str| {
-        let control = env.braidfs().arg("control").arg(&volume.mountpoint);
-        control.arg(word).ok()
-    };
-    control("freeze");
+    control(env, &volume, "freeze");
     let frozen = bench(env, &volume).exits(1);
     assert!(frozen.stderr.contains("is frozen"), "{}", frozen.describe());
-    control("thaw");
+    control(env, &volume, "thaw");
     volume.umount();
     volume.mount(&["ro"]);
     let refused = bench(env, &volume).exits(1);
@@ -157,11 +157,7 @@ fn refusals(env: &Env) -> Outcome {
 /// With image files and fusermount3, no root anywhere.
 fn user(env: &Env) -> Outcome {
     let user = Ordinary::new(env)?;
-    let volume = Volume::unformatted(env, "v", &[MEMBER_BYTES; 2]);
-    user.own(volume.devices.iter().chain([&volume.mountpoint]));
-    user.braidfs().arg("mkfs").args(&volume.devices).ok();
-    let mount = user.braidfs().arg("mount").args(&volume.devices);
-    mount.arg(&volume.mountpoint).ok();
+    let volume = user.volume(env, &[MEMBER_BYTES; 2]);
     let bench = |words: &[&str]| {
         let bench = user.braidfs().arg("bench").arg(&volume.mountpoint);
         let small = ["--size", "16M", "--seconds", "1"];
