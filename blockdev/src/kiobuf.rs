@@ -18,6 +18,7 @@ use crate::completion::{self, Job};
 use crate::error::{BlockError, ErrorKind, Op};
 use crate::pages::PageVector;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering};
+use crate::trace;
 use crate::units::{BLOCK_SIZE, dev_len, mem_len};
 use libc::iovec;
 use std::sync::PoisonError;
@@ -60,6 +61,8 @@ pub type EndIo = Box<dyn FnOnce(Completion) + Send>;
 /// A kiobuf that is dropped unsubmitted ends with [`ErrorKind::Aborted`].
 pub struct Kiobuf {
     view: View,
+    /// File, and byte offset in it; for tracing.
+    place: (u64, u64),
 }
 
 impl Kiobuf {
@@ -83,6 +86,7 @@ impl Kiobuf {
             "kiobuf reaches beyond its pages"
         );
         let shared = Shared {
+            number: trace::kiobuf_number(),
             run_len: if uniform { first } else { 0 },
             good: AtomicU64::new(0),
             fate: Mutex::new(Fate {
@@ -99,7 +103,28 @@ impl Kiobuf {
                 len,
                 leg: Leg::Only,
             },
+            place: (trace::NO_FILE, 0),
         }
+    }
+
+    /// The same, of bytes from `offset` of a file on: for tracing, which calls the file by this
+    /// number.
+    #[must_use]
+    pub fn of_file(self, file: u64, offset: u64) -> Kiobuf {
+        Kiobuf {
+            place: (file, offset),
+            ..self
+        }
+    }
+
+    /// What [`Kiobuf::of_file`] said.
+    pub(crate) fn place(&self) -> (u64, u64) {
+        self.place
+    }
+
+    /// Its number in traces; 0 if it is not traced.
+    pub(crate) fn number(&self) -> u64 {
+        self.view.number()
     }
 
     /// Length in bytes; never 0.
@@ -124,6 +149,8 @@ struct Fate {
 
 /// The state that all views of one kiobuf share; dropping it is the completion.
 pub(crate) struct Shared {
+    /// Its number in traces; 0 if it is not traced.
+    number: u64,
     pages: Option<Box<dyn PageVector>>,
     /// Length of every run but the last, if they are all alike; else 0. Makes finding a byte O(1).
     run_len: usize,
@@ -175,6 +202,7 @@ impl Drop for Shared {
         drop(fate);
         let pages = self.pages.take();
         if let Some(end_io) = end_io {
+            trace::kiobuf_ended(self.number, bytes, error.as_ref());
             completion::run(Job::Kiobuf(
                 end_io,
                 Completion {
@@ -251,6 +279,7 @@ impl View {
             pages: None,
             in_doubt: Some(in_doubt),
         };
+        trace::kiobuf_ended(kiobuf.number, completion.bytes, completion.error.as_ref());
         Some(Job::Kiobuf(end_io, completion))
     }
 
@@ -279,6 +308,11 @@ impl View {
             len: self.len,
             leg,
         }
+    }
+
+    /// The kiobuf's number in traces; 0 if it is not traced, or the view has ended.
+    pub(crate) fn number(&self) -> u64 {
+        self.kiobuf.as_ref().map_or(0, |kiobuf| kiobuf.number)
     }
 
     pub(crate) fn is_same_kiobuf(&self, other: &View) -> bool {

@@ -16,6 +16,7 @@
 //! | [`device`] | the `BlockDevice` seam; io_uring, thread pool and simulated backends |
 //! | [`signature`] | what else may live on a device: asked before formatting |
 //! | [`stats`] | counters and histograms |
+//! | [`trace`] | single requests on their way, for who looks |
 //!
 //! Lock order: the table lock of a volume, then one queue's lock; a backend's own locks are leaves.
 //! No lock is held while an `end_io` runs or a backend is called.
@@ -36,6 +37,7 @@ pub mod stats;
 pub mod stripe;
 mod sync;
 mod table;
+pub mod trace;
 pub mod units;
 pub mod volume;
 

@@ -21,6 +21,7 @@ use crate::error::{BlockError, ErrorKind, Op};
 use crate::kiobuf::{Leg, View};
 use crate::request::{DeviceRequest, Parts, RequestOwner};
 use crate::stats::{DirectionStats, Histogram, QueueStats};
+use crate::trace;
 use crate::units::{PAGE_SIZE, dev_len};
 use backlog::Backlog;
 use flush::FlushState;
@@ -339,6 +340,7 @@ impl RequestOwner for DeviceQueue {
             .started
             .map_or(Duration::ZERO, |started| now.duration_since(started));
         let latency_ns = u64::try_from(elapsed.as_nanos()).unwrap_or(u64::MAX);
+        trace::done(&parts, result, now);
         if parts.op == Op::Flush {
             let mut inner = self.inner.lock();
             inner.flights.land(parts.slot);

@@ -40,6 +40,8 @@ pub(crate) struct Parts {
     pub seq: u64,
     /// How many kiobufs have bytes in it, counted at dispatch.
     pub kiobufs: u64,
+    /// Its dispatch was told to who traces.
+    pub is_traced: bool,
     /// A discard tells its errors here, and that it ended by dropping it.
     pub discarded: Option<Sender<DiscardFailed>>,
     /// Of a discard that was given up.
@@ -231,6 +233,7 @@ impl Parts {
             slot: 0,
             seq: 0,
             kiobufs: 0,
+            is_traced: false,
             discarded: None,
             in_doubt: None,
         }

@@ -18,7 +18,7 @@ use crate::arena::Frame;
 use crate::folio::{Bit, inside};
 use crate::frame_vec::{FrameVec, Frames, Lender};
 use crate::space::{SpaceInner, part_of};
-use crate::units::mem;
+use crate::units::{PAGE, mem};
 use crate::{AddressSpace, CacheError, MapOut, PageRange, SegmentKind};
 
 /// Largest fill: so that long readahead completes, and is verified, piece by piece.
@@ -169,7 +169,9 @@ impl AddressSpace {
                 let to = Arc::clone(&fill);
                 let len = mem(extent.pages.count()) * PAGE_SIZE;
                 let end_io = Box::new(move |completion| to.end_io(extent, completion));
-                (extent.block, Kiobuf::new(pages, 0, len, end_io))
+                let kiobuf = Kiobuf::new(pages, 0, len, end_io);
+                let offset = extent.pages.start * PAGE;
+                (extent.block, kiobuf.of_file(self.id, offset))
             })
             .collect();
         Some((fill, kiobufs))

@@ -10,6 +10,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use braidfs_blockdev::trace::{self, Kind};
 use braidfs_blockdev::{Class, ErrorKind, PAGE_SIZE};
 use parking_lot::{Condvar, Mutex};
 use smallvec::SmallVec;
@@ -43,10 +44,19 @@ pub(crate) struct Waiter {
     len: usize,
     /// In a lock only to make it shareable.
     done: Mutex<Option<ReadDone>>,
+    asked: Asked,
+}
+
+/// Who asked for pages, of which file, and when; for tracing.
+#[derive(Clone, Copy)]
+struct Asked {
+    context: u64,
+    file: u64,
+    since: u64,
 }
 
 impl Waiter {
-    fn new(pages: PageRange, offset: u64, len: usize, done: ReadDone) -> Self {
+    fn new(file: u64, pages: PageRange, offset: u64, len: usize, done: ReadDone) -> Self {
         let missing = pages.count();
         let (awaited, parts, done) = (Vec::new(), Vec::new(), Mutex::new(Some(done)));
         Self {
@@ -58,6 +68,11 @@ impl Waiter {
             offset,
             len,
             done,
+            asked: Asked {
+                context: trace::current(),
+                file,
+                since: trace::now(),
+            },
         }
     }
 
@@ -103,6 +118,13 @@ impl Waiter {
         let Some(done) = self.done.get_mut().take() else {
             return;
         };
+        let Asked {
+            context,
+            file,
+            since,
+        } = self.asked;
+        let arrived = [file, self.offset, self.len as u64, since, 0];
+        trace::step_in(context, Kind::Arrived, arrived);
         if let Some(error) = error {
             return done(Err(error));
         }
@@ -147,6 +169,7 @@ impl AddressSpace {
         let counters = &self.cache.counters;
         counters.hits.add(1);
         counters.hit_bytes.add(len as u64);
+        trace::step(Kind::Hit, [self.id, offset, len as u64, 0, 0]);
         if let Some(pages) = PageRange::covering(offset, len as u64)
             && let Some(ahead) = ra.access(pages, None, self.cache.readahead_pages_max())
         {
@@ -273,7 +296,8 @@ impl AddressSpace {
         done: ReadDone,
     ) {
         self.cache.counters.misses.add(1);
-        let mut waiter = Some(Waiter::new(pages, offset, len, done));
+        trace::step(Kind::Miss, [self.id, offset, len as u64, 0, 0]);
+        let mut waiter = Some(Waiter::new(self.id, pages, offset, len, done));
         let mut id = None;
         let mut from = pages.start;
         let deadline = Instant::now() + MEMORY_WAIT_MAX;
@@ -417,6 +441,10 @@ impl AddressSpace {
 
     /// Reads `pages` in the background, as far as memory can be had without waiting.
     pub(crate) fn read_ahead(self: &Arc<Self>, pages: PageRange) {
+        let context = trace::background(self.id);
+        let (offset, len) = (pages.start * PAGE, pages.count() * PAGE);
+        trace::step(Kind::Ahead, [self.id, offset, len, context, 0]);
+        let _in = trace::enter(context);
         let options = ClaimOptions {
             order_max: 8,
             readahead: true,

@@ -9,6 +9,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use braidfs_blockdev::trace::{self, Kind};
 use parking_lot::Mutex;
 
 use crate::cache::{Cache, CacheConfig};
@@ -142,6 +143,7 @@ impl Cache {
             return;
         }
         let began = Instant::now();
+        let since = trace::now();
         let pause = throttle.charge(cost);
         if pause >= PAUSE_MIN {
             std::thread::sleep(pause);
@@ -160,6 +162,7 @@ impl Cache {
         }
         let held = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.counters.throttled_ns.add(held);
+        trace::waited(Kind::Held, since);
     }
 }
 

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use braidfs_blockdev::PAGE_SIZE;
+use braidfs_blockdev::trace::{self, Kind};
 
 use crate::arena::Frame;
 use crate::folio::{Bit, Folio, order_at};
@@ -58,7 +59,22 @@ impl AddressSpace {
     /// Copies `data` into the cache, reading partial pages first where needed. Gives how many
     /// pages became dirty that were not.
     pub fn write(self: &Arc<Self>, offset: u64, data: &[u8]) -> WriteResult {
-        self.write_from(offset, data.len() as u64, Source::Bytes(data))
+        let len = data.len() as u64;
+        self.traced(
+            offset,
+            len,
+            self.write_from(offset, len, Source::Bytes(data)),
+        )
+    }
+
+    /// Tells who traces what a write did.
+    fn traced(&self, offset: u64, len: u64, result: WriteResult) -> WriteResult {
+        let outcome = match &result {
+            Ok(outcome) | Err((_, outcome)) => outcome,
+        };
+        let dirtied = [self.id, offset, len, outcome.newly_dirty_pages, 0];
+        trace::step(Kind::Dirtied, dirtied);
+        result
     }
 
     /// Sets bytes to zero, as a write would. What is zero already does not become dirty.
@@ -72,6 +88,11 @@ impl AddressSpace {
     ///
     /// [`Cache::alloc_private_at`]: crate::Cache::alloc_private_at
     pub fn adopt(self: &Arc<Self>, page: u64, frames: FrameVec) -> WriteResult {
+        let (offset, len) = (page * PAGE, frames.len() as u64);
+        self.traced(offset, len, self.adopt_all(page, frames))
+    }
+
+    fn adopt_all(self: &Arc<Self>, page: u64, frames: FrameVec) -> WriteResult {
         let mut outcome = WriteOutcome::default();
         let (mut at, end) = (page, page + (frames.len() / PAGE_SIZE) as u64);
         for frame in frames.into_frames() {
@@ -85,7 +106,8 @@ impl AddressSpace {
             };
             // Something else is cached there.
             if let Some(frame) = left {
-                match self.write(at * PAGE, &frame.bytes()[..mem(count * PAGE)]) {
+                let bytes = Source::Bytes(&frame.bytes()[..mem(count * PAGE)]);
+                match self.write_from(at * PAGE, count * PAGE, bytes) {
                     Ok(more) => outcome.newly_dirty_pages += more.newly_dirty_pages,
                     Err((error, more)) => {
                         outcome.newly_dirty_pages += more.newly_dirty_pages;

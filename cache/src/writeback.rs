@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use braidfs_blockdev::trace::{self, Kind};
 use braidfs_blockdev::{BlockError, Class, Completion, InDoubt, Kiobuf};
 use parking_lot::{Condvar, Mutex};
 
@@ -91,6 +92,33 @@ struct Batch {
     placements: Vec<Placement>,
     /// One per page, in order.
     crcs: Vec<u32>,
+    traced: Traced,
+}
+
+/// A batch as who traces sees it.
+#[derive(Clone, Copy)]
+struct Traced {
+    context: u64,
+    /// File, offset, length to the end of the last page, pages.
+    values: [u64; 5],
+}
+
+impl Traced {
+    fn begin(file: u64, taken: &TakenDirty) -> Self {
+        let ends = (taken.runs.first(), taken.runs.last());
+        let (start, end) = match ends {
+            (Some(first), Some(last)) => (first.start, last.end),
+            _ => (0, 0),
+        };
+        let values = [file, start * PAGE, (end - start) * PAGE, taken.pages, 0];
+        let context = trace::background(file);
+        trace::background_step(context, Kind::Writeback, values);
+        Self { context, values }
+    }
+
+    fn end(self) {
+        trace::background_step(self.context, Kind::WritebackEnd, self.values);
+    }
 }
 
 /// Counts a group's kiobufs down.
@@ -172,6 +200,7 @@ impl<'a> Writer<'a> {
 
     fn add(&mut self, pass: &Arc<Pass>, taken: TakenDirty) {
         let space = &pass.space;
+        let traced = Traced::begin(space.id, &taken);
         let mut placements = Vec::with_capacity(taken.runs.len());
         let result = space
             .backing
@@ -186,6 +215,7 @@ impl<'a> Writer<'a> {
             pass.fail(error);
             drop(taken.pins);
             space.end_writeback(&taken.runs, Some(error));
+            traced.end();
             return;
         }
         self.open.pages += taken.pages;
@@ -195,6 +225,7 @@ impl<'a> Writer<'a> {
             pins,
             placements,
             crcs,
+            traced,
         });
         let group_max = GROUP_PAGES_MAX.min(u64::from(self.cache.arena.usable_pages()) / 16);
         if self.open.pages >= group_max || self.open.batches.len() >= GROUP_BATCHES_MAX {
@@ -217,6 +248,8 @@ impl<'a> Writer<'a> {
         let class = Class::Background;
         let mut plug = self.cache.volume.plug();
         for (index, batch) in group.batches.iter_mut().enumerate() {
+            let _in = trace::enter(batch.traced.context);
+            let file = batch.pass.space.id;
             let mut pins = std::mem::take(&mut batch.pins).into_iter();
             let mut current = None;
             for (number, &placement) in batch.placements.iter().enumerate() {
@@ -224,11 +257,9 @@ impl<'a> Writer<'a> {
                 let len = pages.len();
                 let io = Arc::clone(&group.io);
                 let end_io = Box::new(move |done| io.end_io(index, number, done));
-                plug.write(
-                    placement.block,
-                    Kiobuf::new(Box::new(pages), 0, len, end_io),
-                    class,
-                );
+                let kiobuf = Kiobuf::new(Box::new(pages), 0, len, end_io);
+                let offset = placement.pages.start * PAGE;
+                plug.write(placement.block, kiobuf.of_file(file, offset), class);
             }
         }
         plug.finish();
@@ -307,6 +338,7 @@ fn end_batch(batch: &Batch, mut failed: Vec<Failed>) {
         batch.pass.fail(error);
         space.end_writeback(&[pages], Some(error));
     }
+    batch.traced.end();
 }
 
 /// The pages of one placement, in order, from the batch's pins; takes their checksums.

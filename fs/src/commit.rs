@@ -28,6 +28,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use braidfs_blockdev::trace;
 use braidfs_cache::SpaceClass;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
@@ -310,6 +311,7 @@ impl FileSystem {
             self.end_empty();
             return None;
         }
+        let _traced = trace::Commit::begin();
         let began = Instant::now();
         if self.volume.silent_device().is_none() {
             self.prepare();

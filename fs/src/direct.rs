@@ -54,7 +54,10 @@ impl FileSystem {
             let count = usize::try_from(segment.pages.count()).expect("bounded");
             match segment.kind {
                 SegmentKind::Hole => lender.skip(count),
-                SegmentKind::Data { block, .. } => pieces.push((block, count, lender.take(count))),
+                SegmentKind::Data { block, .. } => {
+                    let offset = segment.pages.start * PAGE;
+                    pieces.push((block, offset, count, lender.take(count)));
+                }
             }
         }
         let read = Arc::new(DirectRead {
@@ -72,19 +75,15 @@ impl FileSystem {
             })),
         });
         let mut plug = self.volume.plug();
-        for (block, count, lent) in pieces {
+        for (block, offset, count, lent) in pieces {
             let read = Arc::clone(&read);
             let end_io = Box::new(move |completion: braidfs_blockdev::Completion| {
                 drop(completion.pages);
                 read.end(completion.error);
             });
             let bytes = count * usize::try_from(PAGE).expect("a page is small");
-            plug.read(
-                block,
-                Kiobuf::new(lent, 0, bytes, end_io),
-                None,
-                Class::Sync,
-            );
+            let kiobuf = Kiobuf::new(lent, 0, bytes, end_io).of_file(inode.ino, offset);
+            plug.read(block, kiobuf, None, Class::Sync);
         }
         plug.finish();
         read.end(None);
@@ -127,17 +126,19 @@ impl FileSystem {
         let range = inode.ranges.exclusive(offset, offset + len as u64);
         let homes = self.direct_homes(inode, pages, room);
         let homes = homes.inspect_err(|_| self.space.unreserve(count))?;
-        let written = self.write_homes(frames, &homes).map_err(|failed| {
-            let error = failed.error;
-            log::error!("inode {}: direct write at {offset}: {error}", inode.ino);
-            for in_doubt in failed.in_doubt {
-                for home in &homes {
-                    let (start, len) = (home.block.0, home.pages.count());
-                    self.space.doubt(start, len, in_doubt.clone());
+        let written = self
+            .write_homes(inode.ino, frames, &homes)
+            .map_err(|failed| {
+                let error = failed.error;
+                log::error!("inode {}: direct write at {offset}: {error}", inode.ino);
+                for in_doubt in failed.in_doubt {
+                    for home in &homes {
+                        let (start, len) = (home.block.0, home.pages.count());
+                        self.space.doubt(start, len, in_doubt.clone());
+                    }
                 }
-            }
-            Errno(error.errno())
-        });
+                Errno(error.errno())
+            });
         let mapped = match written {
             Ok(()) => {
                 // Not before the new bytes are there: a write that fails loses no older one.
@@ -223,7 +224,7 @@ impl FileSystem {
     }
 
     /// Writes private pages to their homes and waits for them.
-    fn write_homes(&self, frames: FrameVec, homes: &[Placement]) -> Result<(), Failed> {
+    fn write_homes(&self, ino: Ino, frames: FrameVec, homes: &[Placement]) -> Result<(), Failed> {
         let latch = Arc::new(Latch::new(homes.len()));
         let mut lender = frames.lend();
         let mut plug = self.volume.plug();
@@ -232,7 +233,8 @@ impl FileSystem {
             let ended = Arc::clone(&latch);
             let end_io = Box::new(move |completion| ended.end(completion));
             let bytes = count * usize::try_from(PAGE).expect("a page is small");
-            let kiobuf = Kiobuf::new(lender.take(count), 0, bytes, end_io);
+            let offset = home.pages.start * PAGE;
+            let kiobuf = Kiobuf::new(lender.take(count), 0, bytes, end_io).of_file(ino, offset);
             plug.write(home.block, kiobuf, Class::Sync);
         }
         plug.finish();

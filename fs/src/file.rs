@@ -9,6 +9,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use braidfs_blockdev::trace::{self, Kind};
 use braidfs_cache::{CacheError, FrameVec, PageRange, ReadData, ReadaheadState};
 
 use crate::alloc::Room;
@@ -257,7 +258,9 @@ impl FileSystem {
 
     /// Waits until the file's data and metadata are durable; reports write errors once.
     pub fn fsync(&self, file: &OpenFile, _datasync: bool) -> Result<(), Errno> {
+        let since = trace::now();
         let committed = self.make_durable(&file.inode);
+        trace::waited(Kind::Durable, since);
         self.report_errors(file)?;
         committed
     }
@@ -265,7 +268,10 @@ impl FileSystem {
     /// Waits until a directory's entries are durable.
     pub fn fsync_dir(&self, ino: Ino) -> Result<(), Errno> {
         let inode = self.inode(ino)?;
-        self.make_durable(&inode)
+        let since = trace::now();
+        let committed = self.make_durable(&inode);
+        trace::waited(Kind::Durable, since);
+        committed
     }
 
     fn make_durable(&self, inode: &Inode) -> Result<(), Errno> {

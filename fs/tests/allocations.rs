@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use braidfs::{Errno, FileSystem, MountOptions, OpenFile, ROOT_INO, ReadReply, WriteFlags};
+use braidfs_blockdev::trace::{self, Begin, Filter, Session};
 use braidfs_blockdev::{Backend, BlockDevice, OpenMode, open_device};
 use common::*;
 
@@ -250,6 +251,41 @@ fn assert_within(what: &str, counted: Counted, own_max: f64, all_max: f64) {
     );
 }
 
+/// The same while somebody traces: the rings are there from the beginning.
+fn traced(images: &Images) {
+    let session = Session::begin(Filter::ALL).expect("nobody else traces");
+    let events = Cell::new(0_u64);
+    let check = |what: &str, act: &dyn Fn(u64)| {
+        events.set(0);
+        let act = |number: u64| {
+            let begin = Begin {
+                unique: 2 * number + 2,
+                op: 0,
+                file: images.file.ino(),
+                offset: 0,
+                len: 0,
+                pid: 0,
+            };
+            let _in = trace::enter(trace::begin_request(&begin));
+            act(number);
+            let dropped = session.drain(|_| events.set(events.get() + 1));
+            assert_eq!(dropped, 0);
+        };
+        assert_within(what, counted(what, act), 0.0, 0.1);
+        // Its begin, at least one step, and from the second one on, that the one before is over.
+        assert!(events.get() >= 3 * OPERATIONS, "{} events", events.get());
+    };
+    check("read of 1 MiB, warm, traced", &|number| {
+        images.read(number, MIB, false);
+    });
+    check("read of 4 KiB, warm, traced", &|number| {
+        images.read(number, 4096, false);
+    });
+    check("write of 1 MiB into the cache, traced", &|number| {
+        images.write(number, DIRTY_BYTES, false);
+    });
+}
+
 /// One test: what other threads do would count.
 #[test]
 fn reads_and_writes_in_steady_state_allocate_nothing() {
@@ -279,6 +315,7 @@ fn reads_and_writes_in_steady_state_allocate_nothing() {
         is_over.store(true, SeqCst);
         assert_within(what, counted, 8.0, 1000.0);
     });
+    traced(&images);
     // Extents, homes and kiobufs are made for each of these.
     check("write of 1 MiB, O_DIRECT", 60.0, 100.0, &|number| {
         images.write(number, FILE_BYTES, true);

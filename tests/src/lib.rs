@@ -17,6 +17,7 @@
 //! | reading `stats --json` and `info --json` | `report.rs` |
 //! | data that says where it belongs | `pattern.rs` |
 //! | making and comparing trees | `specimen.rs`, `source_tree.rs`, `compare.rs` |
+//! | a terminal and its user | `terminal.rs` |
 //! | a SQLite writer and its database | `sqlite.rs` |
 //! | other processes, a line at a time | `peer.rs` |
 //!
@@ -40,5 +41,6 @@ pub mod runner;
 pub mod source_tree;
 pub mod specimen;
 pub mod sqlite;
+pub mod terminal;
 pub mod throttle;
 pub mod volume;

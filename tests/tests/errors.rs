@@ -292,6 +292,11 @@ fn user(env: &Env) -> Outcome {
         1,
         "its daemon cannot be reached",
     );
+    assert_error(
+        user("trace").arg(&target),
+        1,
+        "its daemon cannot be reached",
+    );
     volume.umount();
     Ok(())
 }

@@ -10,7 +10,7 @@ use braidfs_tests::command::Cmd;
 use braidfs_tests::env::{Env, Outcome, project_root};
 use braidfs_tests::runner::{self, Test};
 
-const VERBS: [(&str, u8); 13] = [
+const VERBS: [(&str, u8); 14] = [
     ("bench", 1),
     ("control", 8),
     ("doctor", 1),
@@ -23,6 +23,7 @@ const VERBS: [(&str, u8); 13] = [
     ("scrub", 8),
     ("stats", 1),
     ("top", 1),
+    ("trace", 1),
     ("umount", 8),
 ];
 

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use braidfs_tests::command::{Cmd, wait_until};
 use braidfs_tests::env::{Env, Outcome};
 use braidfs_tests::runner::{self, Test};
+use braidfs_tests::terminal::Terminal;
 use braidfs_tests::volume::{MIB, Volume};
 
 const MEMBER_BYTES: u64 = 128 * MIB;
@@ -26,101 +27,42 @@ fn main() -> ExitCode {
     )
 }
 
-/// A shell in a terminal of 80 by 24.
-struct Terminal {
-    socket: PathBuf,
+fn start_top(terminal: &Terminal, env: &Env, volume: &Volume<'_>) {
+    let (bin, place) = (env.bin.display(), volume.mountpoint.display());
+    terminal.type_line("echo before-top");
+    terminal.type_line(&format!("{bin} top -i 0.5 {place}; echo code=$?"));
+    terminal.wait_for("measured screen", |screen| screen.contains("device "));
 }
 
-impl Terminal {
-    fn open(env: &Env) -> Result<Self, braidfs_tests::env::Skip> {
-        env.need_tools(&["tmux"])?;
-        let terminal = Self {
-            socket: env.path("tmux"),
-        };
-        let size = ["-x", "80", "-y", "24"];
-        let new = terminal.tmux(&["-f", "/dev/null", "new-session", "-d"]);
-        new.args(size).args(["env", "PS1=$ ", "sh"]).ok();
-        Ok(terminal)
-    }
-
-    fn tmux(&self, words: &[&str]) -> Cmd {
-        let tmux = Cmd::new("tmux")
-            .env("TERM", "xterm")
-            .env("LC_ALL", "C.UTF-8");
-        tmux.arg("-S").arg(&self.socket).args(words).quiet()
-    }
-
-    fn keys(&self, keys: &[&str]) {
-        self.tmux(&["send-keys"]).args(keys).ok();
-    }
-
-    /// Types a line to the shell.
-    fn type_line(&self, line: &str) {
-        self.tmux(&["send-keys", "-l", line]).ok();
-        self.keys(&["Enter"]);
-    }
-
-    fn screen(&self) -> String {
-        self.tmux(&["capture-pane", "-p"]).ok().stdout
-    }
-
-    /// Waits until the screen shows this; gives it.
-    fn wait_for(&self, what: &str, shows: impl Fn(&str) -> bool) -> String {
-        let mut screen = String::new();
-        let mut look = || {
-            screen = self.screen();
-            shows(&screen)
-        };
-        let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            wait_until(what, &mut look);
-        }));
-        assert!(found.is_ok(), "no {what} on the screen:\n{screen}");
-        screen
-    }
-
-    fn start_top(&self, env: &Env, volume: &Volume<'_>) {
-        let (bin, place) = (env.bin.display(), volume.mountpoint.display());
-        self.type_line("echo before-top");
-        self.type_line(&format!("{bin} top -i 0.5 {place}; echo code=$?"));
-        self.wait_for("measured screen", |screen| screen.contains("device "));
-    }
-
-    fn pid_of_top(&self, env: &Env, volume: &Volume<'_>) -> String {
-        let pattern = format!(
-            "^{} top -i 0.5 {}",
-            env.bin.display(),
-            volume.mountpoint.display()
-        );
-        let pid = Cmd::new("pgrep").args(["-n", "-f", &pattern]).ok();
-        pid.stdout.trim().to_owned()
-    }
-
-    /// The shell is there again, with its screen, its cursor and its echo.
-    fn expect_shell(&self, code: i32) {
-        let line = format!("code={code}\n");
-        let screen = self.wait_for("end of top", |screen| screen.contains(&line));
-        assert!(
-            screen.contains("before-top"),
-            "the former screen is gone:\n{screen}"
-        );
-        self.type_line("stty -a");
-        let screen = self.wait_for("stty's word", |screen| screen.contains("icanon"));
-        for setting in ["-icanon", "-echo ", "-isig"] {
-            assert!(!screen.contains(setting), "{setting}:\n{screen}");
-        }
-        let cursor = self.tmux(&["display-message", "-p", "#{cursor_flag} #{alternate_on}"]);
-        assert_eq!(
-            cursor.ok().stdout.trim(),
-            "1 0",
-            "the cursor, the other screen"
-        );
-    }
+fn pid_of_top(env: &Env, volume: &Volume<'_>) -> String {
+    let pattern = format!(
+        "^{} top -i 0.5 {}",
+        env.bin.display(),
+        volume.mountpoint.display()
+    );
+    let pid = Cmd::new("pgrep").args(["-n", "-f", &pattern]).ok();
+    pid.stdout.trim().to_owned()
 }
 
-impl Drop for Terminal {
-    fn drop(&mut self) {
-        self.tmux(&["kill-server"]).run();
+/// The shell is there again, with its screen, its cursor and its echo.
+fn expect_shell(terminal: &Terminal, code: i32) {
+    let line = format!("code={code}\n");
+    let screen = terminal.wait_for("end of top", |screen| screen.contains(&line));
+    assert!(
+        screen.contains("before-top"),
+        "the former screen is gone:\n{screen}"
+    );
+    terminal.type_line("stty -a");
+    let screen = terminal.wait_for("stty's word", |screen| screen.contains("icanon"));
+    for setting in ["-icanon", "-echo ", "-isig"] {
+        assert!(!screen.contains(setting), "{setting}:\n{screen}");
     }
+    let cursor = terminal.tmux(&["display-message", "-p", "#{cursor_flag} #{alternate_on}"]);
+    assert_eq!(
+        cursor.ok().stdout.trim(),
+        "1 0",
+        "the cursor, the other screen"
+    );
 }
 
 fn mounted(env: &Env) -> Volume<'_> {
@@ -143,7 +85,7 @@ fn work(volume: &Volume<'_>) {
 fn shows(env: &Env) -> Outcome {
     let terminal = Terminal::open(env)?;
     let mut volume = mounted(env);
-    terminal.start_top(env, &volume);
+    start_top(&terminal, env, &volume);
     let busy = std::thread::scope(|scope| {
         let worker = scope.spawn(|| {
             for _ in 0..6 {
@@ -198,7 +140,7 @@ fn shows(env: &Env) -> Outcome {
 fn keys(env: &Env) -> Outcome {
     let terminal = Terminal::open(env)?;
     let mut volume = mounted(env);
-    terminal.start_top(env, &volume);
+    start_top(&terminal, env, &volume);
     terminal.keys(&["p"]);
     let paused = terminal.wait_for("pause", |screen| screen.contains("paused"));
     work(&volume);
@@ -215,7 +157,7 @@ fn keys(env: &Env) -> Outcome {
     terminal.keys(&["?"]);
     terminal.wait_for("the rates again", |screen| screen.contains("device "));
     terminal.keys(&["q"]);
-    terminal.expect_shell(0);
+    expect_shell(&terminal, 0);
     volume.umount();
     Ok(())
 }
@@ -223,24 +165,24 @@ fn keys(env: &Env) -> Outcome {
 fn given_back(env: &Env) -> Outcome {
     let terminal = Terminal::open(env)?;
     let mut volume = mounted(env);
-    terminal.start_top(env, &volume);
+    start_top(&terminal, env, &volume);
     terminal.keys(&["C-c"]);
-    terminal.expect_shell(0);
+    expect_shell(&terminal, 0);
     for (signal, code) in [("TERM", 143), ("INT", 130), ("HUP", 129)] {
         terminal.type_line("clear");
-        terminal.start_top(env, &volume);
-        let pid = terminal.pid_of_top(env, &volume);
+        start_top(&terminal, env, &volume);
+        let pid = pid_of_top(env, &volume);
         Cmd::new("kill").arg(format!("-{signal}")).arg(pid).ok();
-        terminal.expect_shell(code);
+        expect_shell(&terminal, code);
     }
     // A daemon that does not answer does not keep anybody there.
     terminal.type_line("clear");
-    terminal.start_top(env, &volume);
+    start_top(&terminal, env, &volume);
     let daemon = volume.daemon().pid.to_string();
     Cmd::new("kill").arg("-STOP").arg(&daemon).ok();
     std::thread::sleep(std::time::Duration::from_millis(1000));
     terminal.keys(&["q"]);
-    terminal.expect_shell(0);
+    expect_shell(&terminal, 0);
     Cmd::new("kill").arg("-CONT").arg(&daemon).ok();
     volume.umount();
     Ok(())
@@ -249,8 +191,8 @@ fn given_back(env: &Env) -> Outcome {
 fn gone(env: &Env) -> Outcome {
     let terminal = Terminal::open(env)?;
     let mut volume = mounted(env);
-    terminal.start_top(env, &volume);
-    let pid = terminal.pid_of_top(env, &volume);
+    start_top(&terminal, env, &volume);
+    let pid = pid_of_top(env, &volume);
     drop(terminal);
     wait_until("the end of top", || {
         !PathBuf::from(format!("/proc/{pid}")).exists()
@@ -262,7 +204,7 @@ fn gone(env: &Env) -> Outcome {
 fn sizes(env: &Env) -> Outcome {
     let terminal = Terminal::open(env)?;
     let mut volume = mounted(env);
-    terminal.start_top(env, &volume);
+    start_top(&terminal, env, &volume);
     for (columns, rows) in [("20", "5"), ("200", "60"), ("2", "2"), ("80", "24")] {
         terminal
             .tmux(&["resize-window", "-x", columns, "-y", rows])

@@ -58,7 +58,9 @@ fn walk(env: &Env) -> Outcome {
     fs::write("/etc/fstab", "").expect("an empty fstab");
     let readme = fs::read_to_string(project_root().join("README.md")).expect("the README");
     let commands = commands(&readme);
-    let verbs = ["mkfs", "mount", "stats", "top", "bench", "scrub", "doctor"];
+    let verbs = [
+        "mkfs", "mount", "stats", "top", "bench", "trace", "scrub", "doctor",
+    ];
     for verb in verbs {
         let word = format!("{verb} ");
         let found = commands.iter().any(|(line, _)| line.contains(&word));

@@ -18,6 +18,7 @@ use crate::kiobuf::Kiobuf;
 use crate::pages::AlignedBuf;
 use crate::request::{DeviceRequest, Flight, Parts, RequestOwner};
 use crate::sync::Arc as FlightArc;
+use crate::trace;
 use crate::units::{BLOCK_SIZE, dev_len, mem_len};
 use parking_lot::MutexGuard;
 use std::sync::atomic::Ordering;
@@ -94,6 +95,7 @@ impl InFlight {
         (slot.seq, slot.op, slot.started) = (parts.seq, parts.op, Some(now));
         (parts.slot, parts.started) = (index, Some(now));
         parts.kiobufs = dev_len(parts.chain.kiobufs());
+        parts.is_traced = trace::dispatched(&parts, now);
         let owner = Some(owner.clone() as Arc<dyn RequestOwner>);
         DeviceRequest::in_flight(parts, slot.flight.clone(), owner)
     }

@@ -15,6 +15,7 @@ use crate::queue::IO_BYTES_MAX;
 use crate::queue::backlog::{may_merge, merge_back, merge_front, sort_and_merge};
 use crate::request::Parts;
 use crate::stripe::Geometry;
+use crate::trace;
 use crate::units::{VolBlock, dev_len};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -87,6 +88,16 @@ impl<'a> Plug<'a> {
     fn add(&mut self, op: Op, at: VolBlock, kiobuf: Kiobuf, copy: Option<u8>, lane: u8) {
         self.counts.kiobufs += 1;
         self.counts.bytes += kiobuf.len();
+        let (number, (file, offset)) = (kiobuf.number(), kiobuf.place());
+        trace::kiobuf(&trace::Submitted {
+            number,
+            op,
+            file,
+            offset,
+            address: at.bytes(),
+            len: kiobuf.len(),
+        });
+        let begin = at;
         let mut view = kiobuf.into_view();
         if copy.is_some() {
             view.leg = Leg::Pinned;
@@ -136,6 +147,12 @@ impl<'a> Plug<'a> {
             let places = Places::of(&chunk.members[members], piece.offset);
             let part = rest.split_to(piece.len);
             self.counts.splits += u64::from(!rest.is_empty());
+            if at != begin || !rest.is_empty() || places.all().len() > 1 {
+                for &(dev, offset) in places.all() {
+                    let start = at.bytes() - begin.bytes();
+                    trace::part(number, dev, start, piece.len, offset);
+                }
+            }
             for &(dev, offset) in places.all().iter().skip(1) {
                 self.push(
                     Parts::new(op, dev, offset, part.duplicate(Leg::Further)),

@@ -17,6 +17,7 @@
 //! | `scrub start MODE RATE` | `ok`; MODE: `repair`, `look`; RATE: bytes/s or `-` |
 //! | `scrub resume MODE RATE` | the same, of one that was paused |
 //! | `scrub pause`, `scrub cancel` | `ok` |
+//! | `trace JSON` | one line of JSON; after an empty line events, until the peer shuts down |
 //! | `wait` | `waiting` at once; `ok` when the daemon has ended after an unmount |
 //!
 //! A device number belongs to one mount at a time, so whatever lies at its path when a mount begins
@@ -24,6 +25,7 @@
 
 mod answer;
 mod client;
+mod tracing;
 
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, Permissions};
@@ -42,6 +44,7 @@ use crate::fuse::MountHandle;
 use answer::answer;
 pub use answer::{Settings, scrub_refusal};
 pub use client::{Patience, Waiting, ask, connect, reach, told, told_json};
+pub use tracing::{Asked, TRACE_VERSION, Told};
 
 /// Most connections at a time.
 const CONNECTIONS_MAX: usize = 64;

@@ -1,5 +1,7 @@
 //! Exit codes and the errors that carry them.
 
+use nix::sys::signal::Signal;
+
 /// Wrong usage; for mkfs and the rest any failure (mount(8): incorrect invocation or permissions).
 pub const USAGE: u8 = 1;
 /// The system refused something (mount(8)).
@@ -54,4 +56,10 @@ pub fn system(message: impl Into<String>) -> CliError {
 /// A mount or unmount failed.
 pub fn failure(message: impl Into<String>) -> CliError {
     CliError::new(FAILURE, message)
+}
+
+/// As a shell tells of a program that a signal ended.
+pub fn ended_by(signal: Signal) -> CliError {
+    let code = u8::try_from(128 + signal as i32).unwrap_or(SYSTEM);
+    CliError::new(code, "")
 }

@@ -28,7 +28,7 @@ use text::{MOUNT_OPTIONS, escape};
 pub const VERB: &str = "generate-manual";
 
 /// Commands whose pages are in section 1: everybody may use them, and they change nothing.
-const USER_COMMANDS: [&str; 6] = ["bench", "doctor", "info", "probe", "stats", "top"];
+const USER_COMMANDS: [&str; 7] = ["bench", "doctor", "info", "probe", "stats", "top", "trace"];
 
 /// Pages of other names for commands.
 const HELPERS: [(&str, &str); 4] = [

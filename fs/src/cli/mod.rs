@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | `mkfs.rs` `mount.rs` `umount.rs` `fsck.rs` `scrub.rs` | the verbs |
 //! | `manage.rs` `label.rs` | orders to a daemon (`braidfs control`); labels |
-//! | `info.rs` `stats.rs` `top.rs` `probe.rs` `doctor.rs` | those that only look |
+//! | `info.rs` `stats.rs` `top.rs` `trace.rs` `probe.rs` `doctor.rs` | those that only look |
 //! | `bench.rs` | what limits the speed |
 //! | `daemon.rs` | the process that serves a mount |
 //! | `control.rs` | the socket by which the verbs talk to it |
@@ -58,6 +58,7 @@ mod stats;
 mod summary;
 mod table;
 mod top;
+mod trace;
 mod umount;
 
 use std::ffi::{OsStr, OsString};
@@ -85,6 +86,7 @@ enum Verb {
     Info(info::InfoArgs),
     Stats(stats::StatsArgs),
     Top(top::TopArgs),
+    Trace(trace::TraceArgs),
     Scrub(scrub::ScrubArgs),
     Control(manage::ControlArgs),
     Label(label::LabelArgs),
@@ -167,6 +169,7 @@ fn run(mut words: Vec<OsString>) -> Result<(), CliError> {
         Verb::Info(args) => info::run(&args),
         Verb::Stats(args) => stats::run(&args),
         Verb::Top(args) => top::run(&args),
+        Verb::Trace(args) => trace::run(&args),
         Verb::Scrub(args) => scrub::run(&args),
         Verb::Control(args) => manage::run(&args),
         Verb::Label(args) => label::run(&args),

@@ -58,18 +58,12 @@ pub fn run(args: &TopArgs) -> Result<(), CliError> {
     // What is wrong is told before the screen is taken.
     let first: Sample = stats::ask(place, "sample")?;
     // Before there are other threads, which would take the signals.
-    let ended = watch_signals()?;
+    let ended = signals::watch()?;
     let samples = watch_daemon(place, args.interval)?;
     let screen = Screen::take().map_err(|error| exit::system(format!("terminal: {error}")))?;
     let mut view = View::new(place, first);
     let end = view.follow(screen, &samples, &ended);
     end.unwrap_or_else(|error| Err(exit::system(format!("terminal: {error}"))))
-}
-
-/// As a shell tells of a program that a signal ended.
-fn ended_by(signal: Signal) -> CliError {
-    let code = u8::try_from(128 + signal as i32).unwrap_or(exit::SYSTEM);
-    CliError::new(code, "")
 }
 
 /// Waits for a key, no longer than `time`; true if the terminal is not there any more. (crossterm
@@ -86,17 +80,6 @@ fn is_gone(time: Duration) -> io::Result<bool> {
     }
     let gone = PollFlags::POLLHUP | PollFlags::POLLERR | PollFlags::POLLNVAL;
     Ok(stdin[0].revents().is_some_and(|seen| seen.intersects(gone)))
-}
-
-/// Signals that ask to end come by a channel.
-fn watch_signals() -> Result<Receiver<Signal>, CliError> {
-    let set = signals::block().map_err(exit::system)?;
-    let (to, from) = mpsc::channel();
-    thread::Builder::new()
-        .name("braidfs-signals".into())
-        .spawn(move || while set.wait().is_ok_and(|signal| to.send(signal).is_ok()) {})
-        .map_err(|error| exit::system(format!("signals: {error}")))?;
-    Ok(from)
 }
 
 /// Samples come by a channel, until one cannot be had.
@@ -230,7 +213,7 @@ impl View {
         loop {
             let mut step = Step::Stay;
             if is_gone(LOOK)? {
-                return Ok(Err(ended_by(Signal::SIGHUP)));
+                return Ok(Err(exit::ended_by(Signal::SIGHUP)));
             }
             while event::poll(Duration::ZERO)? {
                 step = step.max_with(self.take_event(&event::read()?));
@@ -244,7 +227,7 @@ impl View {
                 Err(TryRecvError::Empty | TryRecvError::Disconnected) => {}
             }
             if let Ok(signal) = ended.try_recv() {
-                return Ok(Err(ended_by(signal)));
+                return Ok(Err(exit::ended_by(signal)));
             }
             match step {
                 Step::Stay => {}

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use braidfs_blockdev::trace;
 use parking_lot::{Condvar, Mutex};
 
 /// Enough fsyncs to share a commit well; each costs a mostly untouched stack.
@@ -39,8 +40,13 @@ struct State {
 }
 
 impl Blocking {
-    /// Runs a job soon, on another thread where one can be had.
+    /// Runs a job soon, on another thread where one can be had; for the same request as now.
     pub(super) fn run(&self, job: impl FnOnce() + Send + 'static) {
+        let context = trace::current();
+        let job = move || {
+            let _in = trace::enter(context);
+            job();
+        };
         let mut state = self.shared.state.lock();
         state.jobs.push_back(Box::new(job));
         if state.idle >= state.jobs.len() || state.threads >= THREADS_MAX {

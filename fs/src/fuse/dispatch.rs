@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use braidfs_blockdev::trace;
 use braidfs_cache::FrameVec;
 use log::debug;
 
@@ -50,7 +51,8 @@ pub(super) fn dispatch(
     if changes(opcode) && wait_for_thaw(shared, blocking, channel, parts) {
         return;
     }
-    let reply = Reply::new(shared, channel, &header, opcode);
+    let mut reply = Reply::new(shared, channel, &header, opcode);
+    let _in = trace::enter(reply.begin_trace(&header, opcode, args));
     if !shared.admits(header.uid) && names_something(opcode) {
         return reply.empty(Err(Errno::ACCES));
     }

@@ -4,6 +4,8 @@
 
 use std::sync::Arc;
 
+use braidfs_blockdev::trace::{self, Kind};
+
 use super::attr::cred;
 use super::channel::TO_THE_END;
 use super::dispatch::{Parsed, Request};
@@ -289,7 +291,12 @@ impl Request<'_> {
     /// syncfs(2), where the kernel passes it on.
     pub(super) fn syncfs(self) -> Parsed {
         let (shared, reply) = (Arc::clone(self.shared), self.reply);
-        self.blocking.run(move || reply.empty(shared.fs.sync()));
+        self.blocking.run(move || {
+            let since = trace::now();
+            let synced = shared.fs.sync();
+            trace::waited(Kind::Durable, since);
+            reply.empty(synced);
+        });
         Ok(())
     }
 

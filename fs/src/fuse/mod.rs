@@ -55,6 +55,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
+use braidfs_blockdev::trace;
 use braidfs_cache::LANDING_BYTES;
 use log::debug;
 use serde_json::{Value, json};
@@ -108,6 +109,11 @@ pub const THREADS_MAX: usize = 256;
 
 /// Fewest threads by default: writers that are throttled must leave some for readers.
 const THREADS_DEFAULT_MIN: usize = 8;
+
+/// What requests are called, by their numbers in traces.
+pub fn op_names() -> &'static [&'static str] {
+    protocol::Opcode::NAMES
+}
 
 /// Threads when nothing else was asked for: two for each processor.
 pub fn threads_default() -> usize {
@@ -175,6 +181,7 @@ impl Shared {
             },
             "threads": self.options.threads,
             "open_files": self.handles.count(),
+            "traced": trace::is_on(),
             "requests_in_flight": stats.in_flight.load(Relaxed),
             "read_bytes": stats.read_bytes.load(Relaxed),
             "write_bytes": stats.write_bytes.load(Relaxed),

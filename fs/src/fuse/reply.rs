@@ -4,11 +4,13 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+use braidfs_blockdev::trace;
+
 use super::Shared;
 use super::attr::{attr_out, entry_out, negative_entry_out, statx_out};
 use super::channel::Channel;
 use super::interrupt::Waiting;
-use super::protocol::{InHeader, Opcode, Out};
+use super::protocol::{Args, InHeader, Malformed, Opcode, Out};
 use super::stats::Timer;
 use crate::{Attr, Errno, OpenFile, ReadReply};
 
@@ -20,6 +22,30 @@ pub(super) struct Reply {
     /// In the table of unanswered requests.
     is_known: bool,
     timer: Option<Timer>,
+    /// In traces, and the bytes that were read or written.
+    context: u64,
+    bytes: u32,
+}
+
+/// The bytes that a request is about: offset and length.
+fn range(opcode: Opcode, mut args: Args<'_>) -> Result<(u64, u64), Malformed> {
+    match opcode {
+        Opcode::Read | Opcode::Write => {
+            args.skip(8)?; // handle
+            Ok((args.u64()?, args.u32()?.into()))
+        }
+        Opcode::Fallocate => {
+            args.skip(8)?; // handle
+            Ok((args.u64()?, args.u64()?))
+        }
+        Opcode::CopyFileRange | Opcode::CopyFileRange64 => {
+            args.skip(8)?; // handle
+            let offset = args.u64()?;
+            args.skip(24)?; // inode, handle and offset to write to
+            Ok((offset, args.u64()?))
+        }
+        _ => Ok((0, 0)),
+    }
 }
 
 /// Whether the kernel took an answer. It does not when nobody waits for it any more.
@@ -50,7 +76,31 @@ impl Reply {
             unique: header.unique,
             is_known,
             timer: Some(timer),
+            context: trace::NOBODY,
+            bytes: 0,
         }
+    }
+
+    /// Tells who traces of the request; gives its context.
+    pub(super) fn begin_trace(&mut self, header: &InHeader, opcode: Opcode, args: Args<'_>) -> u64 {
+        if trace::is_on() {
+            let (offset, len) = range(opcode, args).unwrap_or_default();
+            self.context = trace::begin_request(&trace::Begin {
+                unique: header.unique,
+                op: opcode as u8,
+                file: header.nodeid,
+                offset,
+                len,
+                pid: header.pid,
+            });
+        }
+        self.context
+    }
+
+    /// Tells who traces of the answer, which began to be sent then.
+    fn end_trace(&self, error: Option<i32>, since: u64) {
+        let result = error.map_or(self.bytes.into(), |error| -i64::from(error));
+        trace::reply(self.context, result, since);
     }
 
     fn count(&mut self, ok: bool) {
@@ -67,13 +117,16 @@ impl Reply {
     fn send(&mut self, result: Result<&[u8], Errno>) -> Sent {
         // Counted first: whoever has the answer may ask for the statistics next.
         self.count(result.is_ok());
+        let since = trace::now();
         if !self.claim() {
+            self.end_trace(Some(libc::EINTR), since);
             return Sent::Refused;
         }
         let sent = match result {
             Ok(payload) => self.channel.send(self.unique, payload),
             Err(error) => self.channel.send_error(self.unique, error.0),
         };
+        self.end_trace(result.err().map(|error| error.0), since);
         match sent {
             Ok(()) => Sent::Taken,
             Err(_) => Sent::Refused,
@@ -100,6 +153,7 @@ impl Reply {
     /// Nothing to answer: FORGET.
     pub(super) fn none(mut self) {
         self.count(true);
+        self.end_trace(None, trace::now());
     }
 
     /// An inode that the caller now knows once more.
@@ -184,11 +238,14 @@ impl Reply {
             Ok(data) => {
                 let len = data.len();
                 self.shared.stats.read_bytes.fetch_add(len as u64, Relaxed);
+                self.bytes = u32::try_from(len).unwrap_or(u32::MAX);
                 self.count(true);
+                let since = trace::now();
                 if !self.claim() {
-                    return;
+                    return self.end_trace(Some(libc::EINTR), since);
                 }
                 let sent = self.channel.send_pieces(self.unique, len, data.slices());
+                self.end_trace(None, since);
                 log::trace!("{len} bytes: {sent:?}");
             }
             Err(error) => self.empty(Err(error)),
@@ -196,8 +253,9 @@ impl Reply {
     }
 
     /// How many bytes were written.
-    pub(super) fn written(self, result: Result<u32, Errno>) {
+    pub(super) fn written(mut self, result: Result<u32, Errno>) {
         if let Ok(len) = result {
+            self.bytes = len;
             self.shared
                 .stats
                 .write_bytes

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use braidfs_blockdev::AlignedBuf;
+use nix::sys::signal::Signal;
 
 use super::super::devices::io_text;
 use super::super::exit::{self, CliError};
@@ -305,14 +306,11 @@ impl Place {
     }
 }
 
-/// An error without words if a signal asked to end, with the code that shells give it.
+/// An error without words if a signal asked to end.
 pub fn check_signals(ended: &AtomicI32) -> Result<(), CliError> {
-    match ended.load(Ordering::SeqCst) {
-        0 => Ok(()),
-        signal => {
-            let code = u8::try_from(128 + signal).unwrap_or(exit::SYSTEM);
-            Err(CliError::new(code, ""))
-        }
+    match Signal::try_from(ended.load(Ordering::SeqCst)) {
+        Ok(signal) => Err(exit::ended_by(signal)),
+        Err(_) => Ok(()),
     }
 }
 

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::super::options::{COMMIT_SECONDS_MAX, FREEZE_SECONDS_MAX};
 use super::super::size::format_size;
-use super::{LINE_BYTES_MAX, PEER_TIMEOUT, State};
+use super::{LINE_BYTES_MAX, PEER_TIMEOUT, State, tracing};
 use crate::fuse::MountHandle;
 use crate::scrub::ScrubOptions;
 use crate::{Errno, FileSystem};
@@ -46,7 +46,7 @@ struct View {
 const PACE_SECONDS_MAX: u64 = 3600;
 
 /// What is said to a line: the answer, or what is wrong.
-type Said = Result<String, String>;
+pub(super) type Said = Result<String, String>;
 
 /// Answers one connection.
 pub(super) fn answer(stream: &UnixStream, state: &State) -> io::Result<()> {
@@ -55,6 +55,9 @@ pub(super) fn answer(stream: &UnixStream, state: &State) -> io::Result<()> {
     let mut line = String::new();
     BufReader::new(stream.take(LINE_BYTES_MAX)).read_line(&mut line)?;
     let line = line.trim_end_matches('\n');
+    if let Some(asked) = line.strip_prefix("trace ") {
+        return tracing::stream(stream, state, asked);
+    }
     if line != "wait" {
         return tell(stream, say(state, line));
     }
@@ -65,7 +68,7 @@ pub(super) fn answer(stream: &UnixStream, state: &State) -> io::Result<()> {
     }
 }
 
-fn tell(mut out: &UnixStream, said: Said) -> io::Result<()> {
+pub(super) fn tell(mut out: &UnixStream, said: Said) -> io::Result<()> {
     let line = match said {
         Ok(text) => text + "\n",
         Err(text) => format!("error {}\n", text.replace('\n', " ")),
@@ -100,7 +103,7 @@ fn say(state: &State, line: &str) -> Said {
     done.map(|()| "ok".to_owned())
 }
 
-fn json(value: &impl Serialize) -> Said {
+pub(super) fn json(value: &impl Serialize) -> Said {
     serde_json::to_string(value).map_err(|error| error.to_string())
 }
 
