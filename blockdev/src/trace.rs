@@ -1,7 +1,7 @@
 //! Tracing: what single requests do on their way, as events for whoever looks.
 //!
 //! While nobody looks each place costs one relaxed load. While somebody does, an event of fixed
-//! size goes into one of [`RINGS`] rings, by thread: no allocation, no lock, no wait; an event that
+//! size goes into one of 16 rings, by thread: no allocation, no lock, no wait; an event that
 //! finds its ring full is dropped and counted. The rings are made when tracing begins for the first
 //! time, and stay.
 //!

@@ -25,6 +25,7 @@ fn main() -> ExitCode {
             Test::new("help_and_version", 30, help_and_version),
             Test::new("mkfs_makes_images_and_labels", 30, mkfs_makes_images),
             Test::new("mkfs_force_starts_afresh", 60, mkfs_starts_afresh),
+            Test::new("mkfs_discards_when_asked", 60, mkfs_discards),
             Test::new("mount_returns_when_usable_and_lets_go", 60, mount_lets_go),
             Test::new("mount_stays_in_the_foreground_when_asked", 60, foreground),
             Test::new("stats_and_info_for_people_and_programs", 60, reports),
@@ -80,6 +81,25 @@ fn mkfs_makes_images(env: &Env) -> Outcome {
     assert_eq!(list(&info, "/devices").len(), 2);
     assert_eq!(number(&info, "/devices/1/size_bytes"), 256 * MIB);
     assert_eq!(number(&info, "/stripe_unit_bytes"), 256 << 10);
+    Ok(())
+}
+
+/// What an image file held before is a hole afterwards.
+fn mkfs_discards(env: &Env) -> Outcome {
+    let devices = vec![env.path("a.img"), env.path("b.img")];
+    for device in &devices {
+        fs::write(device, vec![7; 64 << 20]).expect("an image full of something");
+    }
+    let mkfs = || env.braidfs().args(["mkfs", "--force"]);
+    let used = || -> Vec<u64> {
+        let blocks = |device| fs::metadata(device).expect("an image").blocks();
+        devices.iter().map(|device| blocks(device) * 512).collect()
+    };
+    mkfs().args(&devices).ok();
+    assert!(used().iter().all(|used| *used >= 64 * MIB), "kept");
+    mkfs().arg("--discard").args(&devices).ok();
+    assert!(used().iter().all(|used| *used < 16 * MIB), "{:?}", used());
+    Volume::on(env, "v", devices.clone()).fsck_clean();
     Ok(())
 }
 

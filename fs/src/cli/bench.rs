@@ -8,7 +8,6 @@ mod grade;
 mod load;
 
 use std::ffi::OsString;
-use std::io::{self, IsTerminal, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,6 +21,7 @@ use nix::sched::{CloneFlags, unshare};
 
 use super::control::{self, Patience};
 use super::exit::{self, CliError};
+use super::progress::Line;
 use super::size::{format_size, parse_size};
 use super::{print, signals};
 use crate::MemberPace;
@@ -108,7 +108,9 @@ pub fn run(args: &BenchArgs) -> Result<(), CliError> {
             || Ok(()),
         )?),
         Err(why) => {
-            progress.say(&format!("FUSE by itself cannot be measured: {why}"));
+            progress
+                .line
+                .say(&format!("FUSE by itself cannot be measured: {why}"));
             None
         }
     };
@@ -225,14 +227,13 @@ fn measure(
     Ok(paces)
 }
 
-/// What has been done, on the standard error: one line that changes on a terminal, else a line for
-/// each step.
+/// What has been done.
 struct Progress {
     steps: u32,
     done: u32,
     limit: Duration,
     begun: Instant,
-    is_terminal: bool,
+    line: Line,
 }
 
 impl Progress {
@@ -243,7 +244,7 @@ impl Progress {
             done: 0,
             limit,
             begun: Instant::now(),
-            is_terminal: io::stderr().is_terminal(),
+            line: Line::new(),
         }
     }
 
@@ -259,35 +260,9 @@ impl Progress {
     fn begin(&mut self, whose: &str, what: &str) {
         let (number, left) = (self.done + 1, self.left().as_secs());
         let (steps, minutes, seconds) = (self.steps, left / 60, left % 60);
-        let line = format!("step {number} of {steps}: {whose}: {what}, ETA {minutes}:{seconds:02}");
-        match self.is_terminal {
-            true => self.put(&format!("\r{line}\x1b[K")),
-            false => self.put(&format!("{line}\n")),
-        }
-    }
-
-    fn say(&self, line: &str) {
-        self.end();
-        self.put(&format!("{line}\n"));
-    }
-
-    /// Takes the line from the screen.
-    fn end(&self) {
-        if self.is_terminal {
-            self.put("\r\x1b[K");
-        }
-    }
-
-    /// It is no more than talk.
-    fn put(&self, text: &str) {
-        let mut out = io::stderr();
-        drop(out.write_all(text.as_bytes()).and_then(|()| out.flush()));
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        self.end();
+        self.line.set(&format!(
+            "step {number} of {steps}: {whose}: {what}, ETA {minutes}:{seconds:02}"
+        ));
     }
 }
 

@@ -14,10 +14,14 @@ use braidfs_blockdev::{
 use super::devices::{device_list, display_list, in_use_by, io_text, open_all};
 use super::exit::{self, CliError};
 use super::print;
+use super::progress::ByteProgress;
 use super::size::{format_size, parse_size};
 
 /// Smallest stripe unit: one block.
 const STRIPE_UNIT_MIN: u64 = braidfs_blockdev::BLOCK_SIZE;
+
+/// Bytes that are discarded at a time.
+const DISCARD_STEP: u64 = 1 << 30;
 
 /// Make a file system on devices or image files.
 #[derive(clap::Args, Debug)]
@@ -34,6 +38,9 @@ pub struct MkfsArgs {
     /// Overwrite what the devices hold
     #[arg(short, long)]
     pub force: bool,
+    /// Give all space back to the devices first: image files get holes, disks are trimmed
+    #[arg(long)]
+    pub discard: bool,
     /// As JSON
     #[arg(long)]
     pub json: bool,
@@ -61,7 +68,7 @@ pub fn run(args: &MkfsArgs) -> Result<(), CliError> {
     for path in paths.iter().filter(|path| !path.exists()) {
         images.create(path, size.unwrap_or(DEVICE_BYTES_MIN))?;
     }
-    let info = format(&paths, &options, args.force)?;
+    let info = format(&paths, &options, args)?;
     images.keep();
     report(args, &info)
 }
@@ -180,7 +187,11 @@ fn check_distinct(paths: &[PathBuf]) -> Result<(), CliError> {
 }
 
 /// Opens, looks at what is there, formats.
-fn format(paths: &[PathBuf], options: &FormatOptions, force: bool) -> Result<VolumeInfo, CliError> {
+fn format(
+    paths: &[PathBuf],
+    options: &FormatOptions,
+    args: &MkfsArgs,
+) -> Result<VolumeInfo, CliError> {
     let mode = OpenMode {
         read_only: false,
         direct: true,
@@ -189,12 +200,40 @@ fn format(paths: &[PathBuf], options: &FormatOptions, force: bool) -> Result<Vol
     let devices = open_all(paths, mode)
         .map_err(|error| exit::usage(format!("{error}; nothing was written")))?;
     for (device, path) in devices.iter().zip(paths) {
-        check_content(device, path, force)?;
+        check_content(device, path, args.force)?;
     }
     let failed = |error: &dyn std::fmt::Display| exit::usage(format!("mkfs failed: {error}"));
     let volume = Volume::format(devices, options).map_err(|error| failed(&error))?;
+    if args.discard {
+        discard(&volume, args.json);
+    }
     crate::format(Arc::clone(&volume)).map_err(|error| failed(&error))?;
     Ok(volume.info())
+}
+
+/// Discards what no chunk has: all but the labels, as long as there is no chunk. Devices that
+/// cannot do it are no reason to make no file system.
+fn discard(volume: &Volume, quiet: bool) {
+    // Also what no chunk could use, on a member that is larger than the others.
+    let total = volume
+        .info()
+        .devices
+        .iter()
+        .map(|device| device.size_bytes)
+        .sum();
+    let mut progress = (!quiet).then(|| ByteProgress::new(0));
+    let mut at = 0;
+    while at < total {
+        let next = (at + DISCARD_STEP).min(total);
+        if let Err(error) = volume.discard_unallocated(at, next) {
+            drop(progress);
+            return log::warn!("--discard: the devices do not take it: {}", error.kind);
+        }
+        at = next;
+        if let Some(progress) = &mut progress {
+            progress.show(at, total, " discarded");
+        }
+    }
 }
 
 fn check_content(device: &Arc<dyn BlockDevice>, path: &Path, force: bool) -> Result<(), CliError> {

@@ -18,6 +18,7 @@
 //! | `metrics.rs` | metrics for Prometheus |
 //! | `rates.rs` | what happened between two samples of the counters |
 //! | `meter.rs` | progress of fsck |
+//! | `progress.rs` | progress of the others |
 //! | `manual.rs` | man pages and shell completions |
 //! | `signals.rs` | signals that ask to end |
 //! | `logger.rs` | log lines to the standard error, a file or syslog |
@@ -50,6 +51,7 @@ mod notify;
 mod options;
 mod print;
 mod probe;
+mod progress;
 mod rates;
 mod scrub;
 mod signals;

@@ -2,11 +2,10 @@
 //! of an unmounted one by itself.
 
 use std::ffi::OsString;
-use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use braidfs_blockdev::{OpenMode, Volume};
 use nix::sys::signal::{SigSet, Signal};
@@ -19,6 +18,7 @@ use super::exit::{
 };
 use super::members::find_members;
 use super::print;
+use super::progress::ByteProgress;
 use super::size::{format_size, parse_size};
 use super::umount;
 use crate::fuse::mounts::MountEntry;
@@ -269,18 +269,21 @@ fn word<'a>(status: &'a Value, field: &str) -> &'a str {
     status.get(field).and_then(Value::as_str).unwrap_or("")
 }
 
-/// Waits for the end, shows progress on a terminal, and the result.
+/// Waits for the end, shows progress, and the result.
 fn follow(target: &Target, json: bool, signals: &Receiver<()>) -> Result<(), CliError> {
-    let shown = std::io::stderr().is_terminal() && !json;
-    let begun = Instant::now();
-    let first = number(&target.status()?, "data_bytes");
+    let mut progress = match json {
+        true => None,
+        false => Some(ByteProgress::new(done_bytes(&target.status()?))),
+    };
     let status = loop {
         let status = target.status()?;
         if word(&status, "state") != "running" {
             break status;
         }
-        if shown {
-            progress(&status, first, begun);
+        if let Some(progress) = &mut progress {
+            let (done, total) = (done_bytes(&status), number(&status, "total_bytes"));
+            let errors = format!(", {} errors", number(&status, "found"));
+            progress.show(done, total, &errors);
         }
         match signals.recv_timeout(POLL) {
             Ok(()) => {
@@ -296,9 +299,7 @@ fn follow(target: &Target, json: bool, signals: &Receiver<()>) -> Result<(), Cli
             Err(RecvTimeoutError::Disconnected) => std::thread::sleep(POLL),
         }
     };
-    if shown {
-        to_terminal("\r\x1b[K");
-    }
+    drop(progress);
     print_result(target, &status, json)?;
     match (word(&status, "state"), number(&status, "left")) {
         ("finished", 1..) => Err(CliError::new(FSCK_ERRORS, "")),
@@ -315,32 +316,8 @@ fn follow(target: &Target, json: bool, signals: &Receiver<()>) -> Result<(), Cli
     }
 }
 
-fn to_terminal(text: &str) {
-    let mut out = std::io::stderr().lock();
-    // With nobody to see it, it need not be seen.
-    drop(out.write_all(text.as_bytes()).and_then(|()| out.flush()));
-}
-
 fn done_bytes(status: &Value) -> u64 {
     number(status, "data_bytes") + number(status, "metadata_bytes")
-}
-
-fn progress(status: &Value, first: u64, begun: Instant) {
-    let (done, total) = (done_bytes(status), number(status, "total_bytes").max(1));
-    let seconds = begun.elapsed().as_secs().max(1);
-    let rate = done.saturating_sub(first) / seconds;
-    let left = match total.saturating_sub(done).checked_div(rate) {
-        Some(seconds) => format!("{}:{:02} left", seconds / 60, seconds % 60),
-        None => "-".to_owned(),
-    };
-    to_terminal(&format!(
-        "\r\x1b[K{} of {} ({} %), {}/s, {left}, {} errors",
-        format_size(done),
-        format_size(total.max(done)),
-        (done.min(total) * 100) / total,
-        format_size(rate),
-        number(status, "found"),
-    ));
 }
 
 fn show(target: &Target, json: bool) -> Result<(), CliError> {
