@@ -24,6 +24,7 @@ fn main() -> ExitCode {
             Test::new("a_single_member", 60, alone),
             Test::new("members_of_different_size", 60, unequal),
             Test::new("images_that_outgrow_their_host", 60, host_full),
+            Test::new("hosts_that_refuse_o_direct", 60, no_direct),
             Test::new("loop_devices_that_cache", 60, loop_cached),
             Test::new("write_protected_members", 60, protected),
             Test::new("members_that_are_missing", 60, missing),
@@ -169,6 +170,21 @@ fn host_full(env: &Env) -> Outcome {
         .ok();
     let found = findings(env, &devices);
     assert!(named(&found, "host-full").is_none(), "{found:#?}");
+    Ok(())
+}
+
+fn no_direct(env: &Env) -> Outcome {
+    let host = env.mkdir("host");
+    let mount = Cmd::new("mount").args(["-t", "ramfs", "ramfs"]);
+    mount.arg(&host).ok();
+    let devices = vec![host.join("0"), host.join("1")];
+    let mkfs = env.braidfs().args(["mkfs", "--size", "64M"]);
+    mkfs.args(&devices).ok();
+    let found = findings(env, &devices);
+    finding(&found, "volatile");
+    let refused = found.iter().filter(|found| found["check"] == "no-direct");
+    let refused: Vec<&Value> = refused.map(|found| &found["about"]).collect();
+    assert_eq!(refused, [&name(&devices[0]), &name(&devices[1])]);
     Ok(())
 }
 

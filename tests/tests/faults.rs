@@ -15,10 +15,14 @@ use std::time::{Duration, Instant};
 
 use braidfs_tests::command::Cmd;
 use braidfs_tests::env::{Env, Outcome};
+use braidfs_tests::report::list;
 use braidfs_tests::runner::{self, Test};
-use braidfs_tests::volume::{CACHE_MODES, GIB, MIB, Volume, drop_kernel_caches, sparse_image};
+use braidfs_tests::volume::{
+    CACHE_MODES, GIB, MIB, Volume, drop_kernel_caches, json, name, sparse_image,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use serde_json::Value;
 
 /// The time to answer that the mounts under test give their devices, and how long a call may then
 /// take on a busy machine: it may wait for two requests in a row.
@@ -154,6 +158,20 @@ impl<'e> Rig<'e> {
         good
     }
 
+    /// The doctor names the device that hangs, and no other, and does not hang himself.
+    fn diagnose(&self, env: &Env) {
+        let doctor = env.braidfs().args(["doctor", "--json"]).limit_secs(30);
+        let found = json(&doctor.arg(&self.inner.mountpoint).exits(4));
+        for check in ["errors", "no-answer"] {
+            let findings = list(&found, "/findings").iter();
+            let about: Vec<&Value> = findings
+                .filter(|finding| finding["check"] == check)
+                .map(|finding| &finding["about"])
+                .collect();
+            assert_eq!(about, [&name(&self.inner.devices[1])], "{check}: {found}");
+        }
+    }
+
     fn is_silent(&self) -> bool {
         let stats = self.inner.stats();
         let devices = stats["volume"]["devices"].as_array().expect("devices");
@@ -221,6 +239,7 @@ fn hangs_and_comes_back(env: &Env) -> Outcome {
         rig.under_load(|| {
             rig.signal(Signal::SIGSTOP);
             rig.wait_silent(true);
+            rig.diagnose(env);
             rig.read_all(true);
             std::thread::sleep(Duration::from_secs(2));
             rig.signal(Signal::SIGCONT);

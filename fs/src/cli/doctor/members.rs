@@ -5,6 +5,9 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use braidfs_blockdev::write_protected;
 use nix::sys::statfs::{FsType, TMPFS_MAGIC, statfs};
@@ -20,6 +23,9 @@ const ALIKE_PART: u64 = 10;
 
 /// Ramfs, which statfs(2) shows and nix does not name.
 const RAMFS_MAGIC: FsType = FsType(0x8584_58f6);
+
+/// How long members may take to be looked at.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a member is.
 struct Fact {
@@ -50,26 +56,59 @@ impl Fact {
 
 /// All checks.
 pub fn examine(devices: &[PathBuf]) -> Vec<Finding> {
-    let facts: Vec<Fact> = devices.iter().filter_map(|path| Fact::of(path)).collect();
-    let mut findings = Vec::new();
-    findings.extend(alone(&facts));
+    let (facts, mut findings) = look(devices);
+    findings.extend(alone(devices));
     findings.extend(same_disk(&facts));
     findings.extend(unequal(&facts));
     findings.extend(host_full(&facts));
-    for fact in &facts {
-        let checks = [volatile, protected, loop_cached, no_direct];
-        findings.extend(checks.iter().filter_map(|check| check(fact)));
-    }
     findings
 }
 
-fn alone(facts: &[Fact]) -> Option<Finding> {
-    let [only] = facts else {
+/// Looks at each member in a thread of its own: one that hangs may hold up even stat(2).
+fn look(devices: &[PathBuf]) -> (Vec<Fact>, Vec<Finding>) {
+    let (to, from) = mpsc::channel();
+    for (nth, path) in devices.iter().cloned().enumerate() {
+        let to = to.clone();
+        let look = move || {
+            let fact = Fact::of(&path);
+            let checks = [volatile, protected, loop_cached, no_direct];
+            let found = |fact: &Fact| checks.iter().filter_map(|check| check(fact)).collect();
+            let findings: Vec<Finding> = fact.as_ref().map(found).unwrap_or_default();
+            // Nobody may be waiting any more.
+            drop(to.send((nth, fact, findings)));
+        };
+        // Without a thread it is not looked at.
+        drop(thread::Builder::new().spawn(look));
+    }
+    drop(to);
+    let until = Instant::now() + PATIENCE;
+    let (mut facts, mut findings) = (BTreeMap::new(), Vec::new());
+    while let Ok((nth, fact, found)) =
+        from.recv_timeout(until.saturating_duration_since(Instant::now()))
+    {
+        facts.insert(nth, fact);
+        findings.extend(found);
+    }
+    for (nth, path) in devices.iter().enumerate() {
+        if !facts.contains_key(&nth) {
+            findings.push(Finding::weakens(
+                "no-answer",
+                path.display().to_string(),
+                format!("could not be looked at within {} s", PATIENCE.as_secs()),
+                "dmesg | tail; look after the device, or the file system it lies on".to_owned(),
+            ));
+        }
+    }
+    (facts.into_values().flatten().collect(), findings)
+}
+
+fn alone(devices: &[PathBuf]) -> Option<Finding> {
+    let [only] = devices else {
         return None;
     };
     Some(Finding::weakens(
         "alone",
-        &only.name,
+        only.display().to_string(),
         "is the only member: both copies of the metadata lie on it".to_owned(),
         "make the file system on two devices or more (braidfs mkfs)".to_owned(),
     ))
