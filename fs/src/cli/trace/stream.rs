@@ -63,7 +63,11 @@ impl Stream {
         // The answer has been read; nothing of the events, which come now.
         let begun = (&connection).write_all(b"\n");
         begun.map_err(|error| exit::usage(format!("{}: {}", place.display(), io_text(&error))))?;
-        let stream = Self {
+        Ok((Self::new(place, connection), told))
+    }
+
+    fn new(place: PathBuf, connection: UnixStream) -> Self {
+        Self {
             place,
             connection,
             bytes: vec![0; READ_BYTES],
@@ -74,8 +78,7 @@ impl Stream {
             dropped: 0,
             over: None,
             is_at_end: false,
-        };
-        Ok((stream, told))
+        }
     }
 
     /// Asks the daemon to stop; what is left still comes.
@@ -182,19 +185,7 @@ mod tests {
 
     fn stream() -> (Stream, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let stream = Stream {
-            place: PathBuf::from("/mnt"),
-            connection: ours,
-            bytes: vec![0; READ_BYTES],
-            rest: 0,
-            held: Vec::new(),
-            complete_ns: 0,
-            handed_on_ns: 0,
-            dropped: 0,
-            over: None,
-            is_at_end: false,
-        };
-        (stream, theirs)
+        (Stream::new(PathBuf::from("/mnt"), ours), theirs)
     }
 
     fn event(at: u64, kind: Kind, value: u64) -> [u8; EVENT_BYTES] {
