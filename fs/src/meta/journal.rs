@@ -47,6 +47,9 @@ const RECORD_BLOCKS_MAX: usize = 8;
 pub(crate) const RECORD_BYTES_MAX: usize = RECORD_BLOCKS_MAX * PAYLOAD_MAX;
 /// Stands for the length of a value where the key is removed.
 const REMOVED: u32 = u32::MAX;
+/// Commits take one base after the other; no volume comes to this one, and what names a higher one
+/// was made up.
+const BASE_MAX: u64 = 1 << 62;
 /// As many blocks of data are read at a time.
 const CHECK_BLOCKS_MAX: u64 = 256;
 
@@ -177,7 +180,8 @@ fn unseal<'a>(raw: &'a [u8], uuid: &[u8; 16], at: u64) -> Option<Block<'a>> {
         payload: from.bytes(len)?,
     };
     let last = first.checked_add(count)?;
-    (home == at && (first..last).contains(&at) && zero == 0).then_some(block)
+    let is_sound = home == at && (first..last).contains(&at) && zero == 0 && base <= BASE_MAX;
+    is_sound.then_some(block)
 }
 
 /// Where the next record goes.
@@ -407,7 +411,7 @@ pub(super) fn replay(
     let Some(used) = found.base_max.filter(|&used| used >= base) else {
         return Ok(Replayed { base, damage });
     };
-    let (base, records) = (used.saturating_add(1), groups.len());
+    let (base, records) = (used + 1, groups.len());
     db.run(move |db| {
         let mut write = db.begin_write()?;
         write.set_durability(Durability::Immediate)?;
@@ -430,15 +434,14 @@ pub(crate) fn named_base(db: &Database) -> Result<u64, redb::Error> {
     let value = settings.get(SETTING_JOURNAL)?;
     Ok(value
         .and_then(|value| decode_u64(value.value()))
+        .filter(|&base| base <= BASE_MAX)
         .unwrap_or(0))
 }
 
 /// A base that no block of the journal has.
 pub(super) fn unused_base(volume: &Volume) -> u64 {
     let found = read(&volume.read_journal(), volume, 0);
-    found
-        .base_max
-        .map_or(0, |base_max| base_max.saturating_add(1))
+    found.base_max.map_or(0, |base_max| base_max + 1)
 }
 
 /// Names the base of what follows a commit.
@@ -446,4 +449,34 @@ pub(super) fn name_base(write: &redb::WriteTransaction, base: u64) -> Result<(),
     let mut settings = write.open_table(DEFINITIONS[Table::Settings as usize])?;
     settings.insert(SETTING_JOURNAL, base.to_le_bytes().as_slice())?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fuzzing::{assemble, options, single};
+    use crate::{Cred, FileSystem, ROOT_INO};
+
+    /// No base could follow it.
+    #[test]
+    fn the_highest_number_is_no_base() {
+        let devices = single();
+        let volume = assemble(&devices, false).expect("a sound volume");
+        let record = encode(&Default::default(), &SpaceLog::default()).expect("a small record");
+        let crafted = Journal::new(Arc::clone(&volume), u64::MAX);
+        crafted.append(&record).expect("a sound device");
+        volume.close().expect("a sound device");
+        let volume = assemble(&devices, false).expect("a sound volume");
+        let fs = FileSystem::mount(volume, options(false)).expect("mount");
+        let cred = Cred {
+            uid: 0,
+            gid: 0,
+            umask: 0,
+            pid: 1,
+            capable_immutable: false,
+        };
+        fs.mkdir(ROOT_INO, b"folder", 0o755, &cred).expect("mkdir");
+        fs.sync().expect("a commit");
+        fs.unmount().expect("unmount");
+    }
 }
